@@ -1,0 +1,122 @@
+# Every command of the project. Each works from a bare checkout: it makes .venv if there is none and
+# rebuilds only what changed. `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+JOBS ?= $(shell nproc)
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CMAKE := $(BIN)/cmake
+FAKE := build/fake_cuda/libfake_cuda.so
+
+CXX_FILES = $(wildcard $(addsuffix /*.cpp,$(CXX_DIRS)) $(addsuffix /*.h,$(CXX_DIRS)))
+CXX_DIRS := csrc allocator tests/fake_cuda tests/stress
+NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
+PACKAGING := pyproject.toml constraints.txt
+
+# What a stamp stands for is installed and built from the files that it depends on.
+STAMP_VENV := $(VENV)/.stamp-venv
+STAMP_BASE := $(VENV)/.stamp-base
+STAMP_DEV := $(VENV)/.stamp-dev
+
+CONFIGURE = $(CMAKE) -S . -G Ninja -DVATTN_BUILD_TESTS=ON \
+	-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+
+.PHONY: help demo test dev lint format fake stress test-sanitize gpu-check bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo           generate text with the embedded model, its KV cache in virtual memory"
+	@echo "make test           lint, types and the whole test suite (GPU tests skip without a GPU)"
+	@echo "make dev            .venv with every extra but cuda and flash, and the fake CUDA driver"
+	@echo "make lint           ruff, mypy, clang-format; make format rewrites the files"
+	@echo "make fake           the fake CUDA driver, $(FAKE)"
+	@echo "make test-sanitize  the C++ stress test under TSan and under ASan+UBSan (also: make stress)"
+	@echo "make gpu-check      everything that a GPU can show; needs no network"
+	@echo "make bench          the benchmarks, tables and results/*.json"
+	@echo "make clean          remove build products; rm -r $(VENV) removes the environment too"
+
+demo: $(STAMP_BASE)
+	$(BIN)/vattn generate --max-tokens 220 --memory-map --stats
+
+test: lint fake
+	$(BIN)/python -m pytest
+
+dev: $(STAMP_DEV) fake
+
+lint: $(STAMP_DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(STAMP_DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+fake: $(STAMP_DEV)
+	$(CONFIGURE) -B build/fake_cuda -DVATTN_WERROR=ON \
+		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath build/fake_cuda)
+	$(CMAKE) --build build/fake_cuda -j $(JOBS) --target fake_cuda
+	@test -f $(FAKE) || { echo "error: the target fake_cuda did not make $(FAKE)" >&2; exit 1; }
+
+stress: test-sanitize
+
+test-sanitize: run-tsan run-asan
+
+# TSan needs its shadow ranges free, which kernels with much address randomization do not grant;
+# setarch -R switches it off, and where that is forbidden the test runs as it is.
+run-%: FIXED_ADDRESSES = $(shell setarch -R true 2>/dev/null && echo setarch -R)
+run-tsan: export TSAN_OPTIONS := halt_on_error=1:second_deadlock_stack=1:$(TSAN_OPTIONS)
+run-asan: export ASAN_OPTIONS := detect_leaks=1:strict_string_checks=1:$(ASAN_OPTIONS)
+run-asan: export UBSAN_OPTIONS := halt_on_error=1:print_stacktrace=1:$(UBSAN_OPTIONS)
+run-tsan run-asan: run-%: build-%
+	$(if $(filter tsan,$*),$(FIXED_ADDRESSES)) build/$*/bin/vattn_stress
+
+.PHONY: run-tsan run-asan build-tsan build-asan
+build-tsan: SANITIZER := thread
+build-asan: SANITIZER := address
+build-tsan build-asan: build-%: $(STAMP_DEV)
+	$(CONFIGURE) -B build/$* -DVATTN_SANITIZE=$(SANITIZER) -DVATTN_WERROR=ON \
+		-DCMAKE_RUNTIME_OUTPUT_DIRECTORY=$(abspath build/$*/bin)
+	$(CMAKE) --build build/$* -j $(JOBS)
+
+# A GPU machine may have no network: with no .venv, an interpreter that has what is needed is used as
+# it is.
+ifneq ($(filter gpu-check,$(MAKECMDGOALS)),)
+GPU_NEEDS := {"pybind11", "pytest", "scikit_build_core", "torch", "transformers"}
+GPU_READY := $(if $(wildcard $(BIN)/python),,$(shell $(PYTHON) -c 'from importlib.util import find_spec; \
+	print("yes" if all(map(find_spec, $(GPU_NEEDS))) else "")'))
+endif
+ifeq ($(GPU_READY),yes)
+gpu-check:
+	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
+	$(PYTHON) -m bench.gpu.check
+else
+gpu-check: $(STAMP_DEV)
+	$(BIN)/python -m bench.gpu.check
+endif
+
+bench: $(STAMP_DEV)
+	mkdir -p results
+	$(BIN)/python -m bench.vmm --json results/vmm.json
+	$(BIN)/python -m bench.cache --json results/cache.json
+
+clean:
+	rm -rf build dist results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f $(STAMP_BASE) $(STAMP_DEV)
+
+$(STAMP_VENV):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than 3.11; run: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(STAMP_BASE): $(STAMP_VENV) $(PACKAGING) $(NATIVE)
+	$(PIP) install -c constraints.txt -e .
+	touch $@
+
+$(STAMP_DEV): $(STAMP_VENV) $(PACKAGING) $(NATIVE)
+	$(PIP) install -c constraints.txt -e ".[bench,dev,serve]"
+	touch $(STAMP_BASE) $@
