@@ -1,0 +1,197 @@
+#include "driver.h"
+
+#include <sys/mman.h>
+
+#include <bit>
+#include <chrono>
+#include <new>
+
+namespace vattn {
+
+const char* op_name(Op op) noexcept {
+  static constexpr std::array<const char*, kOps> kNames = {
+      "reserve",    "release", "create", "destroy", "map",
+      "set_access", "unmap",   "copy",   "fill",    "event"};
+  return kNames[static_cast<std::size_t>(op)];
+}
+
+// Adds the time between construction and destruction to the counters of one kind.
+class Driver::Timer {
+ public:
+  Timer(Driver& driver, Op op) : slot_(driver.counts_[static_cast<std::size_t>(op)]) {}
+  ~Timer() {
+    const auto elapsed = std::chrono::steady_clock::now() - start_;
+    const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(elapsed).count();
+    slot_.ns.fetch_add(static_cast<std::uint64_t>(ns), std::memory_order_relaxed);
+  }
+  Timer(const Timer&) = delete;
+  Timer& operator=(const Timer&) = delete;
+
+ private:
+  AtomicCount& slot_;
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+namespace {
+constexpr std::size_t kAliveBytes = 4096;
+}
+
+Driver::Driver() {
+  void* page =
+      ::mmap(nullptr, kAliveBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (page == MAP_FAILED) throw std::bad_alloc();
+  ::madvise(page, kAliveBytes, MADV_WIPEONFORK);
+  *static_cast<char*>(page) = 1;
+  alive_ = static_cast<const char*>(page);
+}
+
+Driver::~Driver() { ::munmap(const_cast<char*>(alive_), kAliveBytes); }
+
+void Driver::ensure_usable() const {
+  if (usable()) return;
+  throw DriverError(name(), 0,
+                    "this object was made before fork() and its memory does not exist in the "
+                    "child; create a new one here, or start workers with the spawn method",
+                    true);
+}
+
+void Driver::count(Op op, std::uint64_t calls) noexcept {
+  counts_[static_cast<std::size_t>(op)].calls.fetch_add(calls, std::memory_order_relaxed);
+}
+
+DriverCounters Driver::counters() const noexcept {
+  DriverCounters out;
+  for (std::size_t i = 0; i < kOps; ++i) {
+    out[i] = {counts_[i].calls.load(std::memory_order_relaxed),
+              counts_[i].ns.load(std::memory_order_relaxed)};
+  }
+  return out;
+}
+
+void Driver::require_page_multiple(const char* what, std::size_t value,
+                                   std::size_t page_bytes) const {
+  if (page_bytes == 0 || value % page_bytes != 0) {
+    throw std::invalid_argument(std::string(what) + " " + std::to_string(value) +
+                                " is not a multiple of " + std::to_string(page_bytes) +
+                                " bytes, as " + name() + " requires");
+  }
+}
+
+Address Driver::reserve(std::size_t bytes, std::size_t alignment) {
+  ensure_usable();
+  if (bytes == 0) throw std::invalid_argument("cannot reserve 0 bytes; give a positive size");
+  require_page_multiple("reserve size", bytes, granularity());
+  if (!std::has_single_bit(alignment) || alignment % granularity() != 0) {
+    throw std::invalid_argument("alignment " + std::to_string(alignment) +
+                                " must be a power of two and a multiple of " +
+                                std::to_string(granularity()));
+  }
+  Timer timer(*this, Op::kReserve);
+  return do_reserve(bytes, alignment);
+}
+
+void Driver::release(Address base, std::size_t bytes) {
+  ensure_usable();
+  Timer timer(*this, Op::kRelease);
+  do_release(base, bytes);
+}
+
+void Driver::create(std::span<PageHandle> out, std::size_t page_bytes) {
+  ensure_usable();
+  require_page_multiple("page size", page_bytes, granularity());
+  if (page_bytes == 0) throw std::invalid_argument("page size 0; give a positive size");
+  if (out.empty()) return;
+  Timer timer(*this, Op::kCreate);
+  do_create(out, page_bytes);
+}
+
+std::size_t Driver::destroy(std::span<const PageHandle> pages, std::size_t page_bytes,
+                            std::exception_ptr& error) noexcept {
+  std::size_t destroyed = 0;
+  try {
+    ensure_usable();
+    Timer timer(*this, Op::kDestroy);
+    do_destroy(pages, page_bytes, destroyed);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  return destroyed;
+}
+
+void Driver::map(Address base, std::span<const PageHandle> pages, std::size_t page_bytes) {
+  ensure_usable();
+  require_page_multiple("page size", page_bytes, granularity());
+  require_page_multiple("map address", base, granularity());
+  if (pages.empty()) return;
+  Timer timer(*this, Op::kMap);
+  do_map(base, pages, page_bytes);
+}
+
+void Driver::set_access(Address base, std::size_t bytes) {
+  ensure_usable();
+  require_page_multiple("set_access address", base, granularity());
+  require_page_multiple("set_access size", bytes, granularity());
+  if (bytes == 0) return;
+  Timer timer(*this, Op::kSetAccess);
+  do_set_access(base, bytes);
+}
+
+void Driver::unmap(Address base, std::size_t bytes) {
+  ensure_usable();
+  require_page_multiple("unmap address", base, granularity());
+  require_page_multiple("unmap size", bytes, granularity());
+  if (bytes == 0) return;
+  Timer timer(*this, Op::kUnmap);
+  do_unmap(base, bytes);
+}
+
+void Driver::copy(Address dst, Address src, std::size_t bytes, Stream stream) {
+  ensure_usable();
+  if (bytes == 0) return;
+  if (dst < src + bytes && src < dst + bytes) {
+    throw std::invalid_argument("copy of " + std::to_string(bytes) +
+                                " bytes between overlapping ranges; use disjoint ranges");
+  }
+  Timer timer(*this, Op::kCopy);
+  do_copy(dst, src, bytes, stream);
+}
+
+void Driver::fill(Address dst, std::uint8_t value, std::size_t bytes, Stream stream) {
+  ensure_usable();
+  if (bytes == 0) return;
+  Timer timer(*this, Op::kFill);
+  do_fill(dst, value, bytes, stream);
+}
+
+EventHandle Driver::record(Stream stream) {
+  ensure_usable();
+  Timer timer(*this, Op::kEvent);
+  return do_record(stream);
+}
+
+bool Driver::query(EventHandle event) {
+  ensure_usable();
+  if (event == 0) return true;
+  Timer timer(*this, Op::kEvent);
+  return do_query(event);
+}
+
+void Driver::wait(EventHandle event) {
+  ensure_usable();
+  if (event == 0) return;
+  Timer timer(*this, Op::kEvent);
+  do_wait(event);
+}
+
+void Driver::stream_wait(Stream stream, EventHandle event) {
+  ensure_usable();
+  if (event == 0) return;
+  Timer timer(*this, Op::kEvent);
+  do_stream_wait(stream, event);
+}
+
+void Driver::destroy_event(EventHandle event) noexcept {
+  if (event != 0 && usable()) do_destroy_event(event);
+}
+
+}  // namespace vattn

@@ -1,0 +1,437 @@
+#include "host_driver.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <limits>
+#include <string>
+
+namespace vattn {
+namespace {
+
+// Mappings that the rest of the process may still want (threads, libraries, other allocators).
+constexpr std::size_t kSpareMappings = 2048;
+
+std::string hex(Address address) {
+  char text[2 + 2 * sizeof(Address) + 1];
+  std::snprintf(text, sizeof text, "0x%zx", static_cast<std::size_t>(address));
+  return text;
+}
+
+std::string range_text(Address base, std::size_t bytes) {
+  return "[" + hex(base) + ", +" + std::to_string(bytes) + ")";
+}
+
+[[noreturn]] void throw_errno(const char* call, int error, const std::string& arguments) {
+  throw DriverError(call, error, std::string(std::strerror(error)) + " (" + arguments + ")");
+}
+
+void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+
+std::size_t read_number(const char* path, std::size_t fallback) {
+  std::ifstream file(path);
+  std::size_t value = 0;
+  return file >> value ? value : fallback;  // "max" in a cgroup file is no number: no limit
+}
+
+std::size_t count_lines(const char* path) {
+  std::ifstream file(path);
+  return static_cast<std::size_t>(
+      std::count(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>(), '\n'));
+}
+
+MemoryInfo machine_memory() {
+  std::ifstream file("/proc/meminfo");
+  std::string key, unit;
+  std::size_t value = 0, total = 0, available = 0;
+  while (file >> key >> value) {
+    std::getline(file, unit);
+    if (key == "MemTotal:") total = value * 1024;
+    if (key == "MemAvailable:") available = value * 1024;
+  }
+  return {available, total};
+}
+
+// The limit of this process's control group, version 2 or 1, or "none".
+MemoryInfo cgroup_memory() {
+  constexpr std::size_t kNone = std::numeric_limits<std::size_t>::max();
+  struct Files {
+    const char* limit;
+    const char* usage;
+  };
+  for (const Files& files : {Files{"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"},
+                             Files{"/sys/fs/cgroup/memory/memory.limit_in_bytes",
+                                   "/sys/fs/cgroup/memory/memory.usage_in_bytes"}}) {
+    const std::size_t limit = read_number(files.limit, kNone);
+    if (limit == kNone) continue;
+    const std::size_t usage = read_number(files.usage, 0);
+    return {limit > usage ? limit - usage : 0, limit};
+  }
+  return {kNone, kNone};
+}
+
+}  // namespace
+
+HostDriver::HostDriver(const HostOptions& options) : options_(options) {
+  fd_ = ::memfd_create("vattn", MFD_CLOEXEC);
+  if (fd_ < 0) throw_errno("memfd_create", errno, "name=vattn");
+  const std::size_t limit = read_number("/proc/sys/vm/max_map_count", 65530);
+  const std::size_t taken = count_lines("/proc/self/maps") + kSpareMappings;
+  map_limit_ = limit > taken ? limit - taken : 0;
+}
+
+HostDriver::~HostDriver() {
+  // Pages live in the memfd and die with its last mapping. In a forked child the ranges were never
+  // inherited, so there the addresses may belong to somebody else by now.
+  if (usable()) {
+    for (const auto& [base, bytes] : reservations_) ::munmap(pointer(base), bytes);
+  }
+  if (fd_ >= 0) ::close(fd_);
+}
+
+MemoryInfo HostDriver::memory_info() const {
+  const MemoryInfo machine = machine_memory();
+  const MemoryInfo group = cgroup_memory();
+  return {std::min(machine.free_bytes, group.free_bytes),
+          std::min(machine.total_bytes, group.total_bytes)};
+}
+
+std::size_t HostDriver::physical_bytes() const {
+  struct stat status{};
+  if (::fstat(fd_, &status) != 0) throw_errno("fstat", errno, "memfd");
+  return static_cast<std::size_t>(status.st_blocks) * 512;
+}
+
+int HostDriver::unmapped_protection() const noexcept {
+  return options_.strict ? PROT_NONE : PROT_READ;
+}
+
+// Reserve ----------------------------------------------------------------------------------------
+
+Address HostDriver::do_reserve(std::size_t bytes, std::size_t alignment) {
+  const std::size_t padded = bytes + (alignment > kGranularity ? alignment : 0);
+  if (padded < bytes) throw std::invalid_argument("reserve size overflows the address space");
+  void* raw = ::mmap(nullptr, padded, unmapped_protection(),
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  count(Op::kReserve, 1);
+  if (raw == MAP_FAILED) {
+    if (errno == ENOMEM) {
+      throw OutOfPages("cannot reserve " + std::to_string(bytes) +
+                       " bytes of virtual addresses; lower max_seqs or max_tokens, or raise the "
+                       "address-space limit (ulimit -v)");
+    }
+    throw_errno("mmap", errno, "reserve " + std::to_string(bytes) + " bytes");
+  }
+  const Address start = reinterpret_cast<Address>(raw);
+  const Address base = (start + alignment - 1) / alignment * alignment;
+  if (base > start) ::munmap(raw, base - start);
+  if (start + padded > base + bytes) {
+    ::munmap(pointer(base + bytes), start + padded - base - bytes);
+  }
+  ::madvise(pointer(base), bytes, MADV_DONTFORK);
+  // Core dumps of a terabyte of nothing help nobody.
+  ::madvise(pointer(base), bytes, MADV_DONTDUMP);
+  const std::lock_guard lock(mutex_);
+  reservations_.emplace(base, bytes);
+  return base;
+}
+
+void HostDriver::do_release(Address base, std::size_t bytes) {
+  const std::lock_guard lock(mutex_);
+  const auto found = reservations_.find(base);
+  if (found == reservations_.end() || found->second != bytes) {
+    throw std::invalid_argument("release of " + range_text(base, bytes) +
+                                ", which is not a reservation; pass what reserve() gave");
+  }
+  require_unmapped(base, bytes);
+  count(Op::kRelease, 1);
+  if (::munmap(pointer(base), bytes) != 0) throw_errno("munmap", errno, range_text(base, bytes));
+  reservations_.erase(found);
+}
+
+// Pages ------------------------------------------------------------------------------------------
+
+// First fit at the lowest offset, so that neighbours in time are neighbours in the file.
+std::uint64_t HostDriver::take_offsets(std::size_t bytes) {
+  for (auto it = free_offsets_.begin(); it != free_offsets_.end(); ++it) {
+    if (it->second < bytes) continue;
+    const std::uint64_t offset = it->first;
+    const std::size_t left = it->second - bytes;
+    free_offsets_.erase(it);
+    if (left > 0) free_offsets_.emplace(offset + bytes, left);
+    return offset;
+  }
+  const std::uint64_t offset = end_offset_;
+  end_offset_ += bytes;
+  return offset;
+}
+
+void HostDriver::give_offsets(std::uint64_t offset, std::size_t bytes) {
+  auto next = free_offsets_.lower_bound(offset);
+  if (next != free_offsets_.end() && next->first == offset + bytes) {
+    bytes += next->second;
+    next = free_offsets_.erase(next);
+  }
+  if (next != free_offsets_.begin()) {
+    const auto previous = std::prev(next);
+    if (previous->first + previous->second == offset) {
+      offset = previous->first;
+      bytes += previous->second;
+      free_offsets_.erase(previous);
+    }
+  }
+  if (offset + bytes == end_offset_) {
+    end_offset_ = offset;
+  } else {
+    free_offsets_.emplace(offset, bytes);
+  }
+}
+
+void HostDriver::do_create(std::span<PageHandle> out, std::size_t page_bytes) {
+  const std::size_t bytes = out.size() * page_bytes;
+  std::uint64_t offset = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    offset = take_offsets(bytes);
+  }
+  // Outside the lock: this is where memory is taken and zeroed, about 1 ms for 2 MiB.
+  count(Op::kCreate, 1);
+  int error = 0;
+  while (::fallocate(fd_, 0, static_cast<off_t>(offset), static_cast<off_t>(bytes)) != 0) {
+    if (errno == EINTR) continue;
+    error = errno;
+    break;
+  }
+  if (error != 0) {
+    ::fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
+                static_cast<off_t>(bytes));
+    const std::lock_guard lock(mutex_);
+    give_offsets(offset, bytes);
+    if (error == ENOSPC || error == ENOMEM) {
+      throw OutOfPages("the machine has no memory for " + std::to_string(out.size()) +
+                       " pages of " + std::to_string(page_bytes) +
+                       " bytes; lower the budget or release sequences");
+    }
+    throw_errno("fallocate", error, std::to_string(bytes) + " bytes");
+  }
+  for (std::size_t i = 0; i < out.size(); ++i) out[i] = offset + i * page_bytes;
+}
+
+void HostDriver::require_created(const char* call, PageHandle page, std::size_t bytes) const {
+  auto hole = free_offsets_.upper_bound(page);
+  const bool next_overlaps = hole != free_offsets_.end() && hole->first < page + bytes;
+  const bool previous_overlaps = hole != free_offsets_.begin() && [&] {
+    --hole;
+    return hole->first + hole->second > page;
+  }();
+  if (page % kGranularity != 0 || page + bytes > end_offset_ || next_overlaps ||
+      previous_overlaps) {
+    throw std::invalid_argument(std::string(call) + " of page " + std::to_string(page) +
+                                ", which does not exist (destroyed already?)");
+  }
+}
+
+void HostDriver::do_destroy(std::span<const PageHandle> pages, std::size_t page_bytes,
+                            std::size_t& destroyed) {
+  {
+    const std::lock_guard lock(mutex_);
+    for (const PageHandle page : pages) require_created("destroy", page, page_bytes);
+  }
+  for (std::size_t i = 0; i < pages.size();) {
+    std::size_t n = 1;
+    while (i + n < pages.size() && pages[i + n] == pages[i] + n * page_bytes) ++n;
+    count(Op::kDestroy, 1);
+    if (::fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(pages[i]),
+                    static_cast<off_t>(n * page_bytes)) != 0) {
+      throw_errno("fallocate", errno, "punch hole of " + std::to_string(n * page_bytes) + " bytes");
+    }
+    const std::lock_guard lock(mutex_);
+    give_offsets(pages[i], n * page_bytes);
+    i += n;
+    destroyed = i;
+  }
+}
+
+// Mappings ---------------------------------------------------------------------------------------
+
+void HostDriver::require_reserved(const char* call, Address base, std::size_t bytes) const {
+  auto it = reservations_.upper_bound(base);
+  if (it != reservations_.begin()) {
+    --it;
+    if (base >= it->first && base + bytes <= it->first + it->second) return;
+  }
+  throw std::invalid_argument(std::string(call) + " of " + range_text(base, bytes) +
+                              ", which is not inside one reservation; reserve it first");
+}
+
+void HostDriver::require_unmapped(Address base, std::size_t bytes) const {
+  auto it = extents_.lower_bound(base);
+  const bool next_overlaps = it != extents_.end() && it->first < base + bytes;
+  const bool previous_overlaps = it != extents_.begin() && [&] {
+    const auto previous = std::prev(it);
+    return previous->first + previous->second.bytes > base;
+  }();
+  if (next_overlaps || previous_overlaps) {
+    throw std::invalid_argument("the range " + range_text(base, bytes) +
+                                " is already mapped in part; unmap it first");
+  }
+}
+
+void HostDriver::require_mapped(const char* call, Address base, std::size_t bytes) const {
+  auto it = extents_.upper_bound(base);
+  Address reached = base;
+  if (it != extents_.begin()) {
+    --it;
+    for (; it != extents_.end() && it->first <= reached && reached < base + bytes; ++it) {
+      reached = std::max(reached, it->first + it->second.bytes);
+    }
+  }
+  if (reached < base + bytes) {
+    throw std::invalid_argument(std::string(call) + " of " + range_text(base, bytes) +
+                                ", which is not mapped from " + hex(reached) + "; map it first");
+  }
+}
+
+// Each extent is one mapping of the kernel, and so is each hole between two.
+void HostDriver::require_mappings_left(std::size_t more) const {
+  const std::size_t most = 2 * (extents_.size() + more) + reservations_.size();
+  if (most <= map_limit_) return;
+  std::size_t exact = extents_.size() + reservations_.size();
+  for (auto it = extents_.begin(); it != extents_.end();) {
+    const Address end = it->first + it->second.bytes;
+    ++it;
+    exact += it == extents_.end() || it->first != end ? 1 : 0;
+  }
+  if (exact + 2 * more <= map_limit_) return;
+  throw OutOfPages("this process is about to pass vm.max_map_count (" + std::to_string(exact) +
+                   " of " + std::to_string(map_limit_) +
+                   " mappings in use); use larger pages (page_bytes), fewer sequences, or raise "
+                   "the limit: sysctl -w vm.max_map_count=1048576");
+}
+
+void HostDriver::map_extent(Address base, std::size_t bytes, std::uint64_t offset) {
+  const int protection = options_.strict ? PROT_NONE : PROT_READ | PROT_WRITE;
+  count(Op::kMap, 1);
+  // Populate: taking every page-table entry now, in one call, costs a fifth of taking a fault each.
+  if (::mmap(pointer(base), bytes, protection, MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd_,
+             static_cast<off_t>(offset)) == MAP_FAILED) {
+    if (errno == ENOMEM) {
+      throw OutOfPages("the kernel refused to map " + std::to_string(bytes) +
+                       " bytes (vm.max_map_count or memory); use larger pages or fewer sequences");
+    }
+    throw_errno("mmap", errno, range_text(base, bytes));
+  }
+  if (::madvise(pointer(base), bytes, MADV_DONTFORK) != 0) {
+    throw_errno("madvise", errno, range_text(base, bytes));
+  }
+}
+
+void HostDriver::clear_range(Address base, std::size_t bytes) {
+  if (::mmap(pointer(base), bytes, unmapped_protection(),
+             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED) {
+    throw_errno("mmap", errno, "unmap " + range_text(base, bytes));
+  }
+  ::madvise(pointer(base), bytes, MADV_DONTFORK);
+  ::madvise(pointer(base), bytes, MADV_DONTDUMP);
+}
+
+void HostDriver::insert_extent(Address base, Extent extent) {
+  auto next = extents_.lower_bound(base);
+  if (next != extents_.begin()) {
+    const auto previous = std::prev(next);
+    if (previous->first + previous->second.bytes == base &&
+        previous->second.offset + previous->second.bytes == extent.offset) {
+      base = previous->first;
+      extent = {previous->second.bytes + extent.bytes, previous->second.offset};
+      extents_.erase(previous);
+    }
+  }
+  if (next != extents_.end() && next->first == base + extent.bytes &&
+      next->second.offset == extent.offset + extent.bytes) {
+    extent.bytes += next->second.bytes;
+    extents_.erase(next);
+  }
+  extents_.emplace(base, extent);
+}
+
+void HostDriver::split_extent_at(Address address) {
+  auto it = extents_.upper_bound(address);
+  if (it == extents_.begin()) return;
+  --it;
+  const std::size_t head = address - it->first;
+  if (head == 0 || head >= it->second.bytes) return;
+  const Extent tail{it->second.bytes - head, it->second.offset + head};
+  it->second.bytes = head;
+  extents_.emplace(address, tail);
+}
+
+void HostDriver::erase_extents(Address base, std::size_t bytes) {
+  split_extent_at(base);
+  split_extent_at(base + bytes);
+  extents_.erase(extents_.lower_bound(base), extents_.lower_bound(base + bytes));
+}
+
+void HostDriver::do_map(Address base, std::span<const PageHandle> pages, std::size_t page_bytes) {
+  const std::lock_guard lock(mutex_);
+  const std::size_t total = pages.size() * page_bytes;
+  require_reserved("map", base, total);
+  require_unmapped(base, total);
+  for (const PageHandle page : pages) require_created("map", page, page_bytes);
+  std::size_t pieces = 1;
+  for (std::size_t i = 1; i < pages.size(); ++i) pieces += pages[i] != pages[i - 1] + page_bytes;
+  require_mappings_left(pieces);
+  for (std::size_t i = 0; i < pages.size();) {
+    std::size_t n = 1;
+    while (i + n < pages.size() && pages[i + n] == pages[i] + n * page_bytes) ++n;
+    const Address at = base + i * page_bytes;
+    try {
+      map_extent(at, n * page_bytes, pages[i]);
+    } catch (...) {
+      clear_range(base, (i + n) * page_bytes);
+      erase_extents(base, i * page_bytes);
+      throw;
+    }
+    insert_extent(at, {n * page_bytes, pages[i]});
+    i += n;
+  }
+}
+
+void HostDriver::do_set_access(Address base, std::size_t bytes) {
+  const std::lock_guard lock(mutex_);
+  require_mapped("set_access", base, bytes);
+  if (!options_.strict) return;  // map gave it: mmap takes the protection, a second call costs
+  count(Op::kSetAccess, 1);
+  if (::mprotect(pointer(base), bytes, PROT_READ | PROT_WRITE) != 0) {
+    throw_errno("mprotect", errno, range_text(base, bytes));
+  }
+}
+
+void HostDriver::do_unmap(Address base, std::size_t bytes) {
+  const std::lock_guard lock(mutex_);
+  require_mapped("unmap", base, bytes);
+  count(Op::kUnmap, 1);
+  clear_range(base, bytes);
+  erase_extents(base, bytes);
+}
+
+void HostDriver::do_copy(Address dst, Address src, std::size_t bytes, Stream) {
+  count(Op::kCopy, 1);
+  std::memcpy(pointer(dst), pointer(src), bytes);
+}
+
+void HostDriver::do_fill(Address dst, std::uint8_t value, std::size_t bytes, Stream) {
+  count(Op::kFill, 1);
+  std::memset(pointer(dst), value, bytes);
+}
+
+std::shared_ptr<Driver> make_host_driver(const HostOptions& options) {
+  return std::make_shared<HostDriver>(options);
+}
+
+}  // namespace vattn

@@ -1,0 +1,91 @@
+// Virtual memory of the CPU: one memfd holds every physical page, and a page is an offset in it, so
+// that any number of virtual addresses can show the same page, as on CUDA.
+#pragma once
+
+#include <map>
+#include <mutex>
+
+#include "driver.h"
+
+namespace vattn {
+
+struct HostOptions {
+  // Memory that is reserved but not mapped, or mapped without access, faults on any touch. Without
+  // it a read there gives zeros, which forgives kernels that look past the last token.
+  bool strict = false;
+};
+
+class HostDriver final : public Driver {
+ public:
+  explicit HostDriver(const HostOptions& options);
+  ~HostDriver() override;
+
+  std::string name() const override { return "host"; }
+  std::size_t granularity() const noexcept override { return kGranularity; }
+  std::size_t default_page_bytes() const noexcept override { return kDefaultPageBytes; }
+  DlpackDevice dlpack_device() const noexcept override { return {1, 0}; }
+  bool fresh_pages_are_zero() const noexcept override { return true; }
+
+  // Free memory is the least of what the machine has available and what the control group allows.
+  MemoryInfo memory_info() const override;
+  // Physical bytes in the memfd now. The process's RSS counts a page once per alias; this does not.
+  std::size_t physical_bytes() const override;
+
+ private:
+  static constexpr std::size_t kGranularity = 4096;
+  static constexpr std::size_t kDefaultPageBytes = 16384;
+
+  // Where a stretch of addresses leads in the memfd. Neighbours that the kernel can hold in one
+  // mapping are one extent.
+  struct Extent {
+    std::size_t bytes;
+    std::uint64_t offset;
+  };
+  using Extents = std::map<Address, Extent>;
+
+  Address do_reserve(std::size_t bytes, std::size_t alignment) override;
+  void do_release(Address base, std::size_t bytes) override;
+  void do_create(std::span<PageHandle> out, std::size_t page_bytes) override;
+  void do_destroy(std::span<const PageHandle> pages, std::size_t page_bytes,
+                  std::size_t& destroyed) override;
+  void do_map(Address base, std::span<const PageHandle> pages, std::size_t page_bytes) override;
+  void do_set_access(Address base, std::size_t bytes) override;
+  void do_unmap(Address base, std::size_t bytes) override;
+  void do_copy(Address dst, Address src, std::size_t bytes, Stream stream) override;
+  void do_fill(Address dst, std::uint8_t value, std::size_t bytes, Stream stream) override;
+  // Work on the CPU is complete when the call that does it returns.
+  EventHandle do_record(Stream) override { return 0; }
+  bool do_query(EventHandle) override { return true; }
+  void do_wait(EventHandle) override {}
+  void do_stream_wait(Stream, EventHandle) override {}
+  void do_destroy_event(EventHandle) noexcept override {}
+
+  int unmapped_protection() const noexcept;
+  void require_reserved(const char* call, Address base, std::size_t bytes) const;
+  void require_mapped(const char* call, Address base, std::size_t bytes) const;
+  void require_unmapped(Address base, std::size_t bytes) const;
+  void require_created(const char* call, PageHandle page, std::size_t bytes) const;
+  void require_mappings_left(std::size_t more) const;
+
+  std::uint64_t take_offsets(std::size_t bytes);
+  void give_offsets(std::uint64_t offset, std::size_t bytes);
+  void map_extent(Address base, std::size_t bytes, std::uint64_t offset);
+  void clear_range(Address base, std::size_t bytes);
+  void insert_extent(Address base, Extent extent);
+  void erase_extents(Address base, std::size_t bytes);
+  void split_extent_at(Address address);
+
+  const HostOptions options_;
+  int fd_ = -1;
+  std::size_t map_limit_ = 0;  // vm.max_map_count, less what the process had when we started
+
+  mutable std::mutex mutex_;
+  std::map<Address, std::size_t> reservations_;
+  Extents extents_;
+  std::map<std::uint64_t, std::size_t> free_offsets_;  // holes in the memfd below its end
+  std::uint64_t end_offset_ = 0;
+};
+
+std::shared_ptr<Driver> make_host_driver(const HostOptions& options);
+
+}  // namespace vattn

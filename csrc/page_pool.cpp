@@ -1,0 +1,278 @@
+#include "page_pool.h"
+
+#include <algorithm>
+#include <string>
+
+namespace vattn {
+
+void PageRefs::share(PageId id) {
+  ids_.push_back(id);
+  pool_->add_ref(id);
+}
+
+void PageRefs::clear() noexcept {
+  for (const PageId id : ids_) pool_->drop_ref(id);
+  ids_.clear();
+}
+
+namespace {
+
+std::size_t checked_page_bytes(const Driver& driver, std::size_t page_bytes) {
+  if (page_bytes == 0) return driver.default_page_bytes();
+  if (page_bytes % driver.granularity() != 0) {
+    throw std::invalid_argument("page_bytes=" + std::to_string(page_bytes) +
+                                " is not a multiple of the granularity of " + driver.name() +
+                                ", which is " + std::to_string(driver.granularity()) + " bytes");
+  }
+  return page_bytes;
+}
+
+std::size_t checked_budget_pages(std::size_t budget_bytes, std::size_t page_bytes) {
+  if (budget_bytes < page_bytes) {
+    throw std::invalid_argument("budget_bytes=" + std::to_string(budget_bytes) +
+                                " is below one page of " + std::to_string(page_bytes) +
+                                " bytes; give at least one page");
+  }
+  return budget_bytes / page_bytes;
+}
+
+}  // namespace
+
+PagePool::PagePool(std::shared_ptr<Driver> driver, const PoolOptions& options)
+    : driver_(std::move(driver)),
+      page_bytes_(checked_page_bytes(*driver_, options.page_bytes)),
+      low_pages_(options.low_bytes / page_bytes_),
+      high_pages_(options.high_bytes / page_bytes_),
+      budget_pages_(checked_budget_pages(options.budget_bytes, page_bytes_)),
+      pages_(1) {
+  if (options.low_bytes > options.high_bytes) {
+    throw std::invalid_argument("the low watermark of " + std::to_string(options.low_bytes) +
+                                " bytes is above the high one of " +
+                                std::to_string(options.high_bytes) + "; give low <= high");
+  }
+}
+
+PagePool::~PagePool() {
+  // Whoever holds pages holds the pool, so all pages are free here.
+  if (!driver_->usable()) return;
+  std::vector<PageHandle> handles;
+  while (free_.size() > 0) handles.push_back(pages_[free_.take_lowest()].handle);
+  // A destructor has nobody to tell of an error; one more try, then the driver goes with its pages.
+  std::exception_ptr error;
+  const std::span<const PageHandle> all(handles);
+  const std::size_t gone = driver_->destroy(all, page_bytes_, error);
+  if (gone < all.size()) driver_->destroy(all.subspan(gone), page_bytes_, error);
+}
+
+std::size_t PagePool::available(const DeviceLock&) const noexcept {
+  const std::size_t creatable = budget_pages_ > created_ ? budget_pages_ - created_ : 0;
+  return free_.size() + creatable + stale_;
+}
+
+void PagePool::throw_out_of_pages(std::size_t wanted) const {
+  const std::size_t creatable = budget_pages_ > created_ ? budget_pages_ - created_ : 0;
+  throw OutOfPages(std::to_string(wanted) + " pages of " + std::to_string(page_bytes_) +
+                   " bytes are needed, and " + std::to_string(free_.size() + creatable + stale_) +
+                   " can be had: the budget is " + std::to_string(budget_pages_) +
+                   " pages, live sequences hold " +
+                   std::to_string(created_ - free_.size() - stale_) +
+                   "; release or truncate sequences, or raise the budget");
+}
+
+PageRefs PagePool::acquire(std::size_t n, DeviceLock& lock) {
+  PageRefs refs(*this);
+  if (n == 0) return refs;
+  if (available(lock) < n) throw_out_of_pages(n);
+  if (free_.size() < n) {
+    const std::size_t creatable = budget_pages_ > created_ ? budget_pages_ - created_ : 0;
+    bool device_full = false;
+    try {
+      create_pages(std::min(n - free_.size(), creatable));
+    } catch (const OutOfPages&) {
+      device_full = true;  // less memory than the budget says: stale pages may still do
+    }
+    if (free_.size() < n) reclaim(n - free_.size(), lock);
+    if (free_.size() < n) {
+      if (device_full) {
+        throw OutOfPages("the device is out of memory at " + std::to_string(created_) +
+                         " pages, below the budget of " + std::to_string(budget_pages_) +
+                         "; lower the budget or free device memory");
+      }
+      throw_out_of_pages(n);
+    }
+  }
+  for (std::size_t i = 0; i < n; ++i) {
+    const PageId id = free_.take_lowest();
+    pages_[id].refs = 1;
+    ++stale_;  // until somebody declares it live
+    refs.adopt(id);
+  }
+  wake_if_low();
+  return refs;
+}
+
+void PagePool::drop_ref(PageId id) noexcept {
+  Page& page = at(id);
+  if (--page.refs > 0) return;
+  --stale_;
+  free_.insert(id);
+}
+
+void PagePool::add_live(PageId id) noexcept {
+  if (at(id).live++ == 0) --stale_;
+}
+
+void PagePool::drop_live(PageId id) noexcept {
+  if (--at(id).live == 0) ++stale_;
+}
+
+void PagePool::create_pages(std::size_t n) {
+  if (n == 0) return;
+  std::vector<PageHandle> handles(n);
+  driver_->create(handles, page_bytes_);
+  add_pages(handles);
+}
+
+void PagePool::add_pages(std::span<const PageHandle> handles) {
+  const Content content = driver_->fresh_pages_are_zero() ? Content::kZero : Content::kDirty;
+  for (const PageHandle handle : handles) {
+    PageId id = kNoPage;
+    if (vacant_.size() > 0) {
+      id = vacant_.take_lowest();
+    } else {
+      id = static_cast<PageId>(pages_.size());
+      pages_.emplace_back();
+      // Room in both sets now, so that giving a page back never allocates and cannot fail.
+      free_.reserve(pages_.size());
+      vacant_.reserve(pages_.size());
+    }
+    pages_[id] = {handle, 0, 0, content, true};
+    free_.insert(id);
+  }
+  created_ += handles.size();
+  created_total_ += handles.size();
+  peak_created_ = std::max(peak_created_, created_);
+}
+
+std::size_t PagePool::destroy_free(std::size_t n) {
+  n = std::min(n, free_.size());
+  if (n == 0) return 0;
+  std::vector<PageId> ids;
+  std::vector<PageHandle> handles;
+  for (std::size_t i = 0; i < n; ++i) {
+    ids.push_back(free_.take_lowest());
+    handles.push_back(pages_[ids.back()].handle);
+  }
+  std::exception_ptr error;
+  const std::size_t gone = driver_->destroy(handles, page_bytes_, error);
+  for (std::size_t i = 0; i < n; ++i) {
+    if (i < gone) {
+      pages_[ids[i]] = {};
+      vacant_.insert(ids[i]);
+    } else {
+      free_.insert(ids[i]);
+    }
+  }
+  created_ -= gone;
+  destroyed_total_ += gone;
+  if (error) std::rethrow_exception(error);
+  return gone;
+}
+
+std::size_t PagePool::reclaim(std::size_t pages, DeviceLock& lock) {
+  std::size_t got = 0;
+  for (std::size_t i = 0; i < reclaimers_.size() && got < pages; ++i) {
+    got += reclaimers_[i]->reclaim(pages - got, lock);
+  }
+  return got;
+}
+
+void PagePool::set_budget(std::size_t bytes) {
+  const std::size_t pages = checked_budget_pages(bytes, page_bytes_);
+  DeviceLock guard = lock();
+  budget_pages_ = pages;
+  settle(guard);
+}
+
+void PagePool::settle(DeviceLock& lock) {
+  if (created_ <= budget_pages_) return;
+  const std::size_t excess = created_ - budget_pages_;
+  if (free_.size() < excess) reclaim(excess - free_.size(), lock);
+  destroy_free(excess);
+}
+
+std::size_t PagePool::trim(std::size_t keep_bytes, DeviceLock&) {
+  const std::size_t keep = keep_bytes / page_bytes_;
+  if (free_.size() <= keep) return 0;
+  return destroy_free(free_.size() - keep) * page_bytes_;
+}
+
+void PagePool::refill() {
+  DeviceLock guard = lock();
+  while (free_.size() < high_pages_ && created_ < budget_pages_) {
+    // In small batches, so that whoever needs a page now does not wait for all of them.
+    constexpr std::size_t kBatch = 16;
+    const std::size_t n = std::min({kBatch, high_pages_ - free_.size(), budget_pages_ - created_});
+    std::vector<PageHandle> handles(n);
+    guard.unlock();
+    bool full = false;
+    try {
+      driver_->create(handles, page_bytes_);
+    } catch (const std::exception&) {
+      full = true;  // whoever needs the page will meet the error, with a caller to tell
+    }
+    guard.lock();
+    if (full) return;
+    add_pages(handles);
+    // The budget may have been used up, or lowered, while the lock was free.
+    if (created_ > budget_pages_) destroy_free(created_ - budget_pages_);
+  }
+}
+
+void PagePool::on_low(std::function<void()> wake) {
+  const DeviceLock guard = lock();
+  wake_ = std::move(wake);
+  wake_if_low();
+}
+
+void PagePool::wake_if_low() {
+  if (wake_ && free_.size() < low_pages_ && created_ < budget_pages_) wake_();
+}
+
+void PagePool::attach(Reclaimer* reclaimer) {
+  const DeviceLock guard = lock();
+  reclaimers_.push_back(reclaimer);
+}
+
+void PagePool::detach(Reclaimer* reclaimer) {
+  const DeviceLock guard = lock();
+  std::erase(reclaimers_, reclaimer);
+}
+
+PoolStats PagePool::stats() {
+  const DeviceLock guard = lock();
+  return {page_bytes_, budget_pages_, created_,       free_.size(),    created_ - free_.size(),
+          stale_,      peak_created_, created_total_, destroyed_total_};
+}
+
+void PagePool::check(const DeviceLock&) const {
+  const auto require = [](bool holds, const char* what, PageId id) {
+    if (!holds) throw InvariantError(std::string("page ") + std::to_string(id) + ": " + what);
+  };
+  std::size_t exist = 0, free = 0, stale = 0;
+  for (PageId id = 1; id < pages_.size(); ++id) {
+    const Page& page = pages_[id];
+    require(page.exists != vacant_.contains(id), "exists and vacant disagree", id);
+    require(free_.contains(id) == (page.exists && page.refs == 0), "free list is wrong", id);
+    require(page.live <= page.refs, "more live uses than references", id);
+    exist += page.exists;
+    free += page.exists && page.refs == 0;
+    stale += page.exists && page.refs > 0 && page.live == 0;
+  }
+  require(exist == created_, "count of existing pages is wrong", 0);
+  require(free == free_.size(), "count of free pages is wrong", 0);
+  require(stale == stale_, "count of stale pages is wrong", 0);
+  require(pages_[0].refs == 0, "the null page is in use", 0);
+}
+
+}  // namespace vattn

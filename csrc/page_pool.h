@@ -1,0 +1,170 @@
+// The physical pages of one device: how many there may be, which exist, who uses them.
+//
+// One pool serves everything on its device. All of its state, and that of every cache on it, is
+// guarded by one device lock; functions that take a `DeviceLock` expect it held. Page creation
+// ahead of need (`refill`) is the only driver work done without it; it may pass the budget by one
+// batch for a moment when somebody else takes the rest of the budget meanwhile.
+#pragma once
+
+#include <functional>
+#include <mutex>
+#include <span>
+#include <vector>
+
+#include "driver.h"
+#include "index_set.h"
+
+namespace vattn {
+
+// Index of a page in its pool; 0 is no page.
+using PageId = std::uint32_t;
+inline constexpr PageId kNoPage = 0;
+
+using DeviceLock = std::unique_lock<std::mutex>;
+
+// What the bytes of a page are known to be. Kernels multiply masked positions by V, and 0 x NaN is
+// NaN: a page that may hold non-finite numbers of the reader's type is zeroed before it is read.
+enum class Content : std::uint8_t { kZero = 0, kDirty = 1, kFinite = 2 /* + type tag */ };
+inline Content finite(std::uint8_t type_tag) noexcept {
+  return static_cast<Content>(static_cast<std::uint8_t>(Content::kFinite) + type_tag);
+}
+
+class PagePool;
+
+// Something that holds pages which it can do without: stale mappings of a cache.
+class Reclaimer {
+ public:
+  virtual ~Reclaimer() = default;
+  // Gives back at least `pages` pages if it can and returns how many reached the pool's free list.
+  virtual std::size_t reclaim(std::size_t pages, DeviceLock& lock) = 0;
+};
+
+// References to pages, given back to the pool on destruction. The device lock must be held then.
+class PageRefs {
+ public:
+  PageRefs() = default;
+  explicit PageRefs(PagePool& pool) : pool_(&pool) {}
+  ~PageRefs() { clear(); }
+  PageRefs(PageRefs&& other) noexcept : pool_(other.pool_), ids_(std::move(other.ids_)) {
+    other.ids_.clear();
+  }
+  PageRefs& operator=(PageRefs&& other) noexcept {
+    if (this != &other) {
+      clear();
+      pool_ = other.pool_;
+      ids_ = std::move(other.ids_);
+      other.ids_.clear();
+    }
+    return *this;
+  }
+
+  std::size_t size() const noexcept { return ids_.size(); }
+  PageId operator[](std::size_t i) const noexcept { return ids_[i]; }
+  void adopt(PageId id) { ids_.push_back(id); }  // takes over a reference that the caller holds
+  void share(PageId id);                         // adds a reference of its own
+  void clear() noexcept;
+
+ private:
+  PagePool* pool_ = nullptr;
+  std::vector<PageId> ids_;
+};
+
+struct PoolOptions {
+  std::size_t page_bytes = 0;    // 0: the driver's default
+  std::size_t budget_bytes = 0;  // most physical memory that may exist at once
+  std::size_t low_bytes = 0;     // fewer free bytes than this wakes the refill; 0: never
+  std::size_t high_bytes = 0;    // and it creates up to this many
+};
+
+struct PoolStats {
+  std::size_t page_bytes, budget_pages, created_pages, free_pages, used_pages;
+  std::size_t stale_pages;  // used, but by stale mappings only
+  std::size_t peak_created_pages;
+  std::uint64_t pages_created_total, pages_destroyed_total;
+};
+
+class PagePool {
+ public:
+  PagePool(std::shared_ptr<Driver> driver, const PoolOptions& options);
+  ~PagePool();
+  PagePool(const PagePool&) = delete;
+  PagePool& operator=(const PagePool&) = delete;
+
+  Driver& driver() const noexcept { return *driver_; }
+  const std::shared_ptr<Driver>& driver_ptr() const noexcept { return driver_; }
+  std::size_t page_bytes() const noexcept { return page_bytes_; }
+  DeviceLock lock() { return DeviceLock(mutex_); }
+
+  // `n` pages with one reference each, in ascending order; all or none. Takes free pages first,
+  // then creates within the budget, then reclaims stale ones. Throws OutOfPages.
+  PageRefs acquire(std::size_t n, DeviceLock& lock);
+  // Pages that acquire() could give at most: free, creatable and stale.
+  std::size_t available(const DeviceLock&) const noexcept;
+
+  // References and liveness of one page. A page with references but no live use is stale.
+  void add_ref(PageId id) noexcept { ++at(id).refs; }
+  void drop_ref(PageId id) noexcept;
+  void add_live(PageId id) noexcept;
+  void drop_live(PageId id) noexcept;
+  std::uint32_t refs(PageId id) const noexcept { return pages_[id].refs; }
+  std::uint32_t live(PageId id) const noexcept { return pages_[id].live; }
+  PageHandle handle(PageId id) const noexcept { return pages_[id].handle; }
+  Content content(PageId id) const noexcept { return pages_[id].content; }
+  void set_content(PageId id, Content content) noexcept { at(id).content = content; }
+  std::size_t page_slots() const noexcept { return pages_.size(); }  // ids are below this
+
+  // Moves the budget. Lowering gives memory back at once as far as free and stale pages go; what
+  // live sequences hold beyond it is given back as they end.
+  void set_budget(std::size_t bytes);
+  bool over_budget(const DeviceLock&) const noexcept { return created_ > budget_pages_; }
+  // Destroys free pages beyond `keep_bytes`; returns the bytes given back.
+  std::size_t trim(std::size_t keep_bytes, DeviceLock& lock);
+  // Destroys pages beyond the budget, reclaiming stale ones for it.
+  void settle(DeviceLock& lock);
+
+  // Creates pages ahead of need up to the high watermark. Called by the mapper's thread.
+  void refill();
+  // Called, with the lock held, when free pages fall below the low watermark.
+  void on_low(std::function<void()> wake);
+
+  void attach(Reclaimer* reclaimer);
+  void detach(Reclaimer* reclaimer);
+
+  PoolStats stats();
+  void check(const DeviceLock&) const;  // throws InvariantError
+
+ private:
+  struct Page {
+    PageHandle handle = 0;
+    std::uint32_t refs = 0;
+    std::uint32_t live = 0;
+    Content content = Content::kDirty;
+    bool exists = false;
+  };
+
+  Page& at(PageId id) noexcept { return pages_[id]; }
+  void create_pages(std::size_t n);
+  void add_pages(std::span<const PageHandle> handles);
+  std::size_t destroy_free(std::size_t n);
+  std::size_t reclaim(std::size_t pages, DeviceLock& lock);
+  void wake_if_low();
+  [[noreturn]] void throw_out_of_pages(std::size_t wanted) const;
+
+  const std::shared_ptr<Driver> driver_;
+  const std::size_t page_bytes_;
+  const std::size_t low_pages_, high_pages_;
+
+  std::mutex mutex_;
+  std::size_t budget_pages_;
+  std::size_t created_ = 0;  // pages that exist
+  std::size_t stale_ = 0;
+  std::size_t peak_created_ = 0;
+  std::uint64_t created_total_ = 0, destroyed_total_ = 0;
+  std::vector<Page> pages_;
+  IndexSet free_;    // exist, unreferenced
+  IndexSet vacant_;  // ids without a page
+  std::vector<Reclaimer*> reclaimers_;
+  std::function<void()> wake_;
+};
+
+}  // namespace vattn

@@ -1,0 +1,238 @@
+#include "region.h"
+
+#include <algorithm>
+#include <bit>
+#include <new>
+#include <string>
+
+namespace vattn {
+
+Reservation::~Reservation() {
+  if (!driver_->usable()) return;
+  try {
+    driver_->release(base_, bytes_);
+  } catch (const std::exception&) {
+    // Nobody to tell: the addresses stay reserved until the process ends, which harms nobody.
+  }
+}
+
+Region::Region(PagePool& pool, const RegionSpec& spec, std::uint32_t slots)
+    : pool_(&pool), spec_(spec), page_bytes_(pool.page_bytes()) {
+  const std::size_t run_bytes = spec.capacity_tokens * spec.token_bytes;
+  if (spec.runs == 0 || slots == 0 || run_bytes == 0 || run_bytes % page_bytes_ != 0) {
+    throw std::invalid_argument("a region of " + std::to_string(spec.runs) + " runs of " +
+                                std::to_string(run_bytes) + " bytes for " + std::to_string(slots) +
+                                " slots: each must be positive and a run whole pages of " +
+                                std::to_string(page_bytes_) + " bytes");
+  }
+  pages_per_run_ = static_cast<std::uint32_t>(run_bytes / page_bytes_);
+  slot_bytes_ = run_bytes * spec.runs;
+  const std::size_t alignment = std::bit_ceil(std::max(page_bytes_, pool.driver().granularity()));
+  reservation_ = std::make_shared<Reservation>(pool.driver_ptr(), slot_bytes_ * slots, alignment);
+  table_.reset(
+      static_cast<PageId*>(std::calloc(std::size_t{slots} * entries_per_slot(), sizeof(PageId))));
+  if (!table_) throw std::bad_alloc();
+  windows_.resize(slots);
+  tops_.resize(slots);
+  mapped_.resize(slots);
+}
+
+Region::~Region() {
+  if (!table_ || !pool_->driver().usable()) return;
+  for (std::uint32_t slot = 0; slot < slots(); ++slot) {
+    set_window(slot, {});
+    for (std::uint32_t run = 0; run < spec_.runs; ++run) {
+      const std::uint32_t first = run * pages_per_run_;
+      for (std::uint32_t i = 0; i < tops_[slot];) {
+        std::uint32_t n = 0;
+        while (i + n < tops_[slot] && at(slot, first + i + n) != kNoPage) ++n;
+        for (int tries = 2; n > 0 && tries > 0; --tries) {
+          try {
+            unmap_stale(slot, first + i, n);
+            break;
+          } catch (const std::exception&) {
+            // Tried once more; a driver that refuses twice is gone, and its memory with it.
+          }
+        }
+        i += n + 1;
+      }
+    }
+  }
+}
+
+void Region::set_window(std::uint32_t slot, PageWindow window) {
+  const PageWindow old = windows_[slot];
+  if (old == window) return;
+  // Live first, then stale: a page in both windows must not pass through zero uses.
+  const auto visit = [&](PageWindow in, PageWindow out, auto act) {
+    for (std::uint32_t run = 0; run < spec_.runs; ++run) {
+      for (std::uint32_t p = in.begin; p < in.end; ++p) {
+        if (out.contains(p)) continue;
+        if (const PageId id = at(slot, run * pages_per_run_ + p); id != kNoPage) act(id);
+      }
+    }
+  };
+  visit(window, old, [&](PageId id) { pool_->add_live(id); });
+  visit(old, window, [&](PageId id) { pool_->drop_live(id); });
+  windows_[slot] = window;
+}
+
+void Region::store(std::uint32_t slot, std::uint32_t index, PageId page) {
+  PageId& entry = table_[std::size_t{slot} * entries_per_slot() + index];
+  const std::uint32_t p = index % pages_per_run_;
+  const bool live = windows_[slot].contains(p);
+  if (page != kNoPage) {
+    pool_->add_ref(page);
+    if (live) pool_->add_live(page);
+    tops_[slot] = std::max(tops_[slot], p + 1);
+    ++mapped_[slot];
+  }
+  const PageId old = entry;
+  entry = page;
+  if (old != kNoPage) {
+    if (live) pool_->drop_live(old);
+    pool_->drop_ref(old);
+    --mapped_[slot];
+  }
+}
+
+void Region::lower_top(std::uint32_t slot) noexcept {
+  for (std::uint32_t& top = tops_[slot]; top > windows_[slot].end; --top) {
+    for (std::uint32_t run = 0; run < spec_.runs; ++run) {
+      if (at(slot, run * pages_per_run_ + top - 1) != kNoPage) return;
+    }
+  }
+}
+
+std::size_t Region::unmap_stale(std::uint32_t slot, std::uint32_t first, std::uint32_t n) {
+  pool_->driver().unmap(address(slot, first), std::size_t{n} * page_bytes_);
+  std::size_t freed = 0;
+  for (std::uint32_t i = first; i < first + n; ++i) {
+    freed += pool_->refs(at(slot, i)) == 1;
+    store(slot, i, kNoPage);
+  }
+  lower_top(slot);
+  return freed;
+}
+
+// Remap ------------------------------------------------------------------------------------------
+
+Remap::~Remap() {
+  if (pending_) undo();
+}
+
+void Remap::set(Region& region, std::uint32_t slot, std::uint32_t index, PageId page) {
+  const PageId old = region.at(slot, index);
+  if (old == page) return;
+  unmaps_ = unmaps_ || old != kNoPage;
+  changes_.push_back({&region, slot, index, old, page});
+}
+
+template <typename Visit>
+void Remap::for_ranges(PageId Change::* side, std::size_t limit, Visit visit) {
+  for (std::size_t i = 0; i < limit;) {
+    std::size_t last = i + 1;
+    if (changes_[i].*side != kNoPage) {
+      while (last < limit && changes_[last].*side != kNoPage &&
+             changes_[last].region == changes_[i].region &&
+             changes_[last].address() == changes_[last - 1].address() + pool_.page_bytes()) {
+        ++last;
+      }
+      visit(i, last);
+    }
+    i = last;
+  }
+}
+
+void Remap::map_range(PageId Change::* side, std::size_t first, std::size_t last) {
+  std::vector<PageHandle> handles;
+  handles.reserve(last - first);
+  for (std::size_t i = first; i < last; ++i) handles.push_back(pool_.handle(changes_[i].*side));
+  const Address base = changes_[first].address();
+  pool_.driver().map(base, handles, pool_.page_bytes());
+  try {
+    pool_.driver().set_access(base, handles.size() * pool_.page_bytes());
+  } catch (const DriverError& error) {
+    if (!error.fatal()) unmap_range(first, last);
+    throw;
+  }
+}
+
+void Remap::unmap_range(std::size_t first, std::size_t last) {
+  pool_.driver().unmap(changes_[first].address(), (last - first) * pool_.page_bytes());
+}
+
+void Remap::execute() {
+  std::sort(changes_.begin(), changes_.end(),
+            [](const Change& a, const Change& b) { return a.address() < b.address(); });
+  pending_ = true;
+  try {
+    for_ranges(&Change::old_page, changes_.size(), [&](std::size_t first, std::size_t last) {
+      unmap_range(first, last);
+      unmapped_ = last;
+    });
+    for_ranges(&Change::new_page, changes_.size(), [&](std::size_t first, std::size_t last) {
+      map_range(&Change::new_page, first, last);
+      mapped_ = last;
+    });
+  } catch (const DriverError& error) {
+    lost_ = lost_ || error.fatal();
+    undo();
+    throw;
+  } catch (...) {
+    undo();
+    throw;
+  }
+}
+
+void Remap::undo() noexcept {
+  pending_ = false;
+  if (lost_) return;
+  try {
+    if (stream_) Fence(pool_.driver_ptr(), *stream_).wait();
+    for_ranges(&Change::new_page, mapped_,
+               [&](std::size_t first, std::size_t last) { unmap_range(first, last); });
+    for_ranges(&Change::old_page, unmapped_, [&](std::size_t first, std::size_t last) {
+      map_range(&Change::old_page, first, last);
+    });
+  } catch (...) {
+    lost_ = true;
+  }
+}
+
+void Remap::clean(Stream stream) {
+  stream_ = stream;
+  const auto safe = [&](const Change& change) {
+    const Content content = pool_.content(change.new_page);
+    return content == Content::kZero || content == finite(change.region->spec().type_tag);
+  };
+  for_ranges(&Change::new_page, changes_.size(), [&](std::size_t first, std::size_t last) {
+    for (std::size_t i = first; i < last;) {
+      std::size_t n = 0;
+      while (i + n < last && !safe(changes_[i + n])) ++n;
+      if (n > 0) {
+        pool_.driver().fill(changes_[i].address(), 0, n * pool_.page_bytes(), stream);
+      }
+      i += n > 0 ? n : 1;
+    }
+  });
+}
+
+void Remap::commit() {
+  pending_ = false;
+  // References of all new pages before any old one is dropped: a page may move between entries.
+  for (const Change& change : changes_) {
+    if (change.new_page != kNoPage) pool_.add_ref(change.new_page);
+  }
+  for (const Change& change : changes_) {
+    change.region->store(change.slot, change.index, change.new_page);
+    if (change.new_page != kNoPage) {
+      pool_.set_content(change.new_page, finite(change.region->spec().type_tag));
+    }
+  }
+  for (const Change& change : changes_) {
+    if (change.new_page != kNoPage) pool_.drop_ref(change.new_page);
+  }
+}
+
+}  // namespace vattn

@@ -1,0 +1,351 @@
+#include "slots.h"
+
+#include <algorithm>
+#include <string>
+
+namespace vattn {
+namespace {
+
+std::size_t round_up(std::size_t n, std::size_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+std::size_t checked_max_tokens(const SpaceOptions& options) {
+  if (options.slots == 0 || options.max_tokens == 0 || options.regions.empty()) {
+    throw std::invalid_argument("a cache needs at least one slot, one token and one region; got " +
+                                std::to_string(options.slots) + ", " +
+                                std::to_string(options.max_tokens) + " and " +
+                                std::to_string(options.regions.size()));
+  }
+  for (const std::uint32_t tile : options.tiles) {
+    if (tile == 0) throw std::invalid_argument("a tile of 0 tokens; give a positive size");
+    for (const RegionSpec& region : options.regions) {
+      if (region.capacity_tokens < round_up(options.max_tokens, tile)) {
+        throw std::invalid_argument("a slot of " + std::to_string(region.capacity_tokens) +
+                                    " tokens cannot cover " + std::to_string(options.max_tokens) +
+                                    " tokens in tiles of " + std::to_string(tile));
+      }
+    }
+  }
+  return options.max_tokens;
+}
+
+}  // namespace
+
+SlotSpace::SlotSpace(std::shared_ptr<PagePool> pool, const SpaceOptions& options)
+    : pool_(std::move(pool)),
+      max_tokens_(checked_max_tokens(options)),
+      tiles_(options.tiles),
+      keep_stale_(options.keep_stale),
+      slots_(options.slots),
+      scratch_(*pool_) {
+  regions_.reserve(options.regions.size());
+  for (const RegionSpec& spec : options.regions) {
+    regions_.emplace_back(*pool_, spec, options.slots);
+  }
+  pool_->attach(this);
+}
+
+SlotSpace::~SlotSpace() {
+  // In a forked child another thread may have held the lock for good, and nothing is mapped.
+  if (!pool_->driver().usable()) return;
+  pool_->detach(this);
+  const DeviceLock lock = pool_->lock();
+  // Kernels of released slots may still run; open slots are the owner's to have finished.
+  for (Slot& slot : slots_) {
+    try {
+      before_unmap(slot);
+    } catch (const std::exception&) {
+      // The context is lost, and with it every kernel that could touch the pages.
+    }
+  }
+  for (int tries = 2; tries > 0; --tries) {
+    try {
+      scratch_.clear();
+      break;
+    } catch (const std::exception&) {
+      // As for the regions: a driver that refuses twice is gone.
+    }
+  }
+  regions_.clear();
+}
+
+// Checks and arithmetic --------------------------------------------------------------------------
+
+DeviceLock SlotSpace::enter() {
+  pool_->driver().ensure_usable();
+  DeviceLock lock = pool_->lock();
+  if (lost_) {
+    throw DriverError("cache", 0,
+                      "an earlier driver call failed and could not be undone, so the mappings are "
+                      "unknown; drop this cache and make a new one",
+                      true);
+  }
+  return lock;
+}
+
+std::uint32_t SlotSpace::checked_index(std::int64_t slot) const {
+  if (slot < 0 || slot >= static_cast<std::int64_t>(slots_.size())) {
+    throw std::invalid_argument("slot " + std::to_string(slot) + " is not one of the " +
+                                std::to_string(slots_.size()) + " slots of this cache");
+  }
+  return static_cast<std::uint32_t>(slot);
+}
+
+SlotSpace::Slot& SlotSpace::open_slot(std::int64_t slot) {
+  Slot& s = slots_[checked_index(slot)];
+  if (!s.open) {
+    throw std::invalid_argument("slot " + std::to_string(slot) +
+                                " is not open (released already?); call open() first");
+  }
+  return s;
+}
+
+void SlotSpace::check_tokens(std::int64_t tokens) const {
+  if (tokens < 0) {
+    throw std::invalid_argument("a length of " + std::to_string(tokens) +
+                                " tokens; lengths are not negative");
+  }
+  if (static_cast<std::size_t>(tokens) > max_tokens_) {
+    throw std::invalid_argument(std::to_string(tokens) + " tokens are more than the " +
+                                std::to_string(max_tokens_) +
+                                " reserved per sequence; raise max_tokens");
+  }
+}
+
+std::size_t SlotSpace::cover(std::size_t tokens) const noexcept {
+  std::size_t most = tokens;
+  for (const std::uint32_t tile : tiles_) most = std::max(most, round_up(tokens, tile));
+  return most;
+}
+
+PageWindow SlotSpace::window_of(const Region& region, std::size_t anchor,
+                                std::size_t tokens) const noexcept {
+  if (tokens == 0) return {};
+  const RegionSpec& spec = region.spec();
+  const std::size_t page = pool_->page_bytes();
+  PageWindow window;
+  window.end = static_cast<std::uint32_t>(round_up(cover(tokens) * spec.token_bytes, page) / page);
+  if (spec.window_tokens > 0 && anchor > spec.window_tokens) {
+    // The kernel loads the window's first tile whole: the bound is the tile, not the window.
+    std::size_t low = anchor - spec.window_tokens;
+    for (const std::uint32_t tile : tiles_) {
+      low = std::min(low, (anchor - spec.window_tokens) / tile * tile);
+    }
+    window.begin = static_cast<std::uint32_t>(low * spec.token_bytes / page);
+  }
+  return window;
+}
+
+// The most tokens whose cover lies in the slot's windows.
+std::size_t SlotSpace::ready_of(std::uint32_t slot) const noexcept {
+  std::size_t ready = max_tokens_;
+  for (const Region& region : regions_) {
+    const std::size_t held =
+        region.window(slot).end * pool_->page_bytes() / region.spec().token_bytes;
+    for (const std::uint32_t tile : tiles_) ready = std::min(ready, held / tile * tile);
+  }
+  return ready;
+}
+
+SlotSpace::Windows SlotSpace::windows(std::uint32_t slot) const {
+  Windows out;
+  out.reserve(regions_.size());
+  for (const Region& region : regions_) out.push_back(region.window(slot));
+  return out;
+}
+
+void SlotSpace::set_windows(std::uint32_t slot, const Windows& windows) {
+  for (std::size_t i = 0; i < regions_.size(); ++i) regions_[i].set_window(slot, windows[i]);
+}
+
+void SlotSpace::fence(Slot& slot, Stream stream) {
+  if (slot.fence) slot.fence->order_before(stream);  // the new fence implies the old one
+  slot.fence = std::make_shared<Fence>(pool_->driver_ptr(), stream);
+}
+
+void SlotSpace::before_unmap(Slot& slot) {
+  if (slot.fence) slot.fence->wait();
+}
+
+// Open and release -------------------------------------------------------------------------------
+
+// Best fit: the smallest set of stale pages that suffices, else the largest. Not knowing the length
+// is like expecting a long one. A slot without pages is only taken when no other is free.
+std::uint32_t SlotSpace::pick_free(std::size_t expected_tokens) const {
+  const Region& gauge = regions_.front();
+  const std::uint32_t wanted = window_of(gauge, 0, std::min(expected_tokens, max_tokens_)).end;
+  std::int64_t best = -1;
+  std::uint32_t best_pages = 0;
+  for (std::uint32_t i = 0; i < slots(); ++i) {
+    if (slots_[i].open) continue;
+    const std::uint32_t pages = gauge.mapped(i) / gauge.spec().runs;
+    const bool fits = wanted > 0 && pages >= wanted;
+    const bool best_fits = wanted > 0 && best_pages >= wanted;
+    const bool better = fits ? !best_fits || pages < best_pages : !best_fits && pages > best_pages;
+    if (best < 0 || better) {
+      best = i;
+      best_pages = pages;
+    }
+  }
+  if (best < 0) {
+    throw OutOfSlots("all " + std::to_string(slots()) +
+                     " slots are open; release a sequence or raise max_seqs");
+  }
+  return static_cast<std::uint32_t>(best);
+}
+
+std::uint32_t SlotSpace::open(std::optional<std::uint32_t> slot, std::size_t expected_tokens) {
+  const DeviceLock lock = enter();
+  if (slot && slots_[checked_index(*slot)].open) {
+    throw std::invalid_argument("slot " + std::to_string(*slot) +
+                                " is open already; release it first");
+  }
+  const std::uint32_t index = slot ? *slot : pick_free(expected_tokens);
+  slots_[index].open = true;
+  ++slots_[index].generation;
+  return index;
+}
+
+void SlotSpace::release(std::uint32_t slot, Stream stream) {
+  DeviceLock lock = enter();
+  Slot& s = open_slot(slot);
+  fence(s, stream);
+  set_windows(slot, Windows(regions_.size()));
+  s.open = false;
+  s.anchor = s.tokens = s.ready = 0;
+  s.released_at = ++clock_;
+  try {
+    if (!keep_stale_) drop_stale(slot, SIZE_MAX, false);
+    if (pool_->over_budget(lock)) pool_->settle(lock);
+  } catch (const DriverError& error) {
+    // The sequence is released; giving its memory back is tried again by whoever needs it.
+    if (error.fatal()) throw;
+  }
+}
+
+// Shortening -------------------------------------------------------------------------------------
+
+void SlotSpace::truncate(std::uint32_t slot, std::size_t tokens, Stream stream) {
+  const DeviceLock lock = enter();
+  Slot& s = open_slot(slot);
+  if (tokens > s.tokens) {
+    throw std::invalid_argument("truncate to " + std::to_string(tokens) + " tokens, but slot " +
+                                std::to_string(slot) + " holds " + std::to_string(s.tokens) +
+                                "; use ensure to grow");
+  }
+  const std::size_t anchor = std::min(s.anchor, tokens);
+  const Windows wanted = windows_at(slot, anchor, tokens);
+  if (wanted != windows(slot)) fence(s, stream);
+  set_windows(slot, wanted);
+  s.tokens = s.ready = tokens;
+  s.anchor = anchor;
+}
+
+// The windows that a slot with the pages of `source` has at another length. Throws when a window
+// layer no longer holds the tokens that a query at `anchor` reaches back to.
+SlotSpace::Windows SlotSpace::windows_at(std::uint32_t source, std::size_t anchor,
+                                         std::size_t tokens) const {
+  Windows out;
+  for (const Region& region : regions_) {
+    out.push_back(window_of(region, anchor, tokens));
+    const PageWindow now = region.window(source);
+    if (out.back().begin < now.begin && out.back().end > out.back().begin) {
+      const std::size_t first =
+          round_up(now.begin * pool_->page_bytes(), region.spec().token_bytes) /
+          region.spec().token_bytes;
+      throw std::invalid_argument(
+          "slot " + std::to_string(source) + " cannot go back to " + std::to_string(tokens) +
+          " tokens: a sliding-window layer holds tokens from " + std::to_string(first) +
+          " on; go back to at least " + std::to_string(slots_[source].anchor));
+    }
+  }
+  return out;
+}
+
+// Giving back ------------------------------------------------------------------------------------
+
+// Unmaps up to `limit` stale pages of a slot, from the end of each run, whole stretches at a time.
+// With `only_freeing`, passes over pages that something else still holds.
+std::size_t SlotSpace::drop_stale(std::uint32_t slot, std::size_t limit, bool only_freeing) {
+  std::size_t freed = 0;
+  bool waited = false;
+  for (Region& region : regions_) {
+    if (region.stale(slot) == 0) continue;
+    const PageWindow window = region.window(slot);
+    const auto droppable = [&](std::uint32_t run, std::uint32_t p) {
+      const PageId id = region.at(slot, run * region.pages_per_run() + p);
+      return id != kNoPage && !window.contains(p) && !(only_freeing && pool_->refs(id) > 1);
+    };
+    for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
+      for (std::uint32_t end = region.top(slot); end > 0 && freed < limit;) {
+        std::uint32_t n = 0;
+        while (n < end && freed + n < limit && droppable(run, end - n - 1)) ++n;
+        if (n > 0) {
+          if (!waited) before_unmap(slots_[slot]);
+          waited = true;
+          freed += region.unmap_stale(slot, run * region.pages_per_run() + end - n, n);
+        }
+        end -= std::min(end, n + 1);
+      }
+    }
+  }
+  totals_.pages_reclaimed += freed;
+  return freed;
+}
+
+// Longest released first; of those, slots whose kernels have finished before any that must be
+// waited for. Stale pages of open slots come last: their owners are about to want them.
+std::size_t SlotSpace::reclaim(std::size_t pages, DeviceLock&) {
+  std::vector<std::uint32_t> order;
+  for (std::uint32_t i = 0; i < slots(); ++i) {
+    if (std::any_of(regions_.begin(), regions_.end(),
+                    [&](const Region& region) { return region.stale(i) > 0; })) {
+      order.push_back(i);
+    }
+  }
+  std::sort(order.begin(), order.end(), [&](std::uint32_t a, std::uint32_t b) {
+    if (slots_[a].open != slots_[b].open) return slots_[b].open;
+    return slots_[a].released_at < slots_[b].released_at;
+  });
+  std::size_t freed = 0;
+  for (const bool wait : {false, true}) {
+    for (const std::uint32_t slot : order) {
+      if (freed >= pages) return freed;
+      Slot& s = slots_[slot];
+      if (!wait && s.fence && !s.fence->done()) continue;
+      freed += drop_stale(slot, pages - freed, true);
+    }
+  }
+  return freed;
+}
+
+std::size_t SlotSpace::trim() {
+  DeviceLock lock = enter();
+  for (std::uint32_t slot = 0; slot < slots(); ++slot) drop_stale(slot, SIZE_MAX, false);
+  if (scratch_.bytes() > 0) {
+    if (scratch_fence_) scratch_fence_->wait();
+    scratch_.clear();
+  }
+  return pool_->trim(0, lock);
+}
+
+void SlotSpace::mark_dirty(std::uint32_t slot) {
+  const DeviceLock lock = enter();
+  open_slot(slot);
+  for (const Region& region : regions_) {
+    const PageWindow window = region.window(slot);
+    for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
+      for (std::uint32_t p = window.begin; p < window.end; ++p) {
+        pool_->set_content(region.at(slot, run * region.pages_per_run() + p), Content::kDirty);
+      }
+    }
+  }
+}
+
+void SlotSpace::copy(Address dst, Address src, std::size_t bytes, Stream stream) {
+  pool_->driver().copy(dst, src, bytes, stream);
+  totals_.copied_bytes += bytes;
+}
+
+}  // namespace vattn

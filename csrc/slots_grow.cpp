@@ -1,0 +1,213 @@
+// Growing sequences: which pages are needed, where they come from, and mapping them.
+#include <algorithm>
+#include <string>
+
+#include "slots.h"
+
+namespace vattn {
+
+// Entries of the slot's windows that need a page of their own: without one, or shared with another
+// live sequence from the page on that the next token goes to.
+std::vector<SlotSpace::Need> SlotSpace::find_needs(std::uint32_t slot, std::size_t write_from) {
+  std::vector<Need> needs;
+  const std::size_t page = pool_->page_bytes();
+  for (Region& region : regions_) {
+    const PageWindow window = region.window(slot);
+    const std::size_t written = write_from * region.spec().token_bytes;
+    const auto first = std::max(window.begin, static_cast<std::uint32_t>(written / page));
+    for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
+      for (std::uint32_t p = first; p < window.end; ++p) {
+        const std::uint32_t index = run * region.pages_per_run() + p;
+        const PageId id = region.at(slot, index);
+        if (id == kNoPage) {
+          needs.push_back({&region, slot, index, 0, 0});
+        } else if (pool_->live(id) > 1) {
+          const std::size_t keep = written > p * page ? std::min(page, written - p * page) : 0;
+          const Address from = keep > 0 ? live_elsewhere(region, slot, index) : 0;
+          needs.push_back({&region, slot, index, from, keep});
+        }
+      }
+    }
+  }
+  return needs;
+}
+
+// Where another live slot maps the page of this entry. Pages are shared between equal entries only.
+Address SlotSpace::live_elsewhere(const Region& region, std::uint32_t slot,
+                                  std::uint32_t index) const {
+  for (std::uint32_t other = 0; other < slots(); ++other) {
+    if (other != slot && slots_[other].open && region.at(other, index) == region.at(slot, index) &&
+        region.window(other).contains(index % region.pages_per_run())) {
+      return region.address(other, index);
+    }
+  }
+  throw InvariantError("a shared page of slot " + std::to_string(slot) + " has no other user");
+}
+
+// Pages of this slot that its windows have left behind, if no kernel can still be reading them.
+std::vector<std::pair<Region*, std::uint32_t>> SlotSpace::recyclable(std::uint32_t slot) {
+  std::vector<std::pair<Region*, std::uint32_t>> out;
+  if (slots_[slot].fence && !slots_[slot].fence->done()) return out;
+  for (Region& region : regions_) {
+    if (region.spec().window_tokens == 0 || region.stale(slot) == 0) continue;
+    for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
+      for (std::uint32_t p = 0; p < region.window(slot).begin; ++p) {
+        const std::uint32_t index = run * region.pages_per_run() + p;
+        const PageId id = region.at(slot, index);
+        if (id != kNoPage && pool_->refs(id) == 1) out.emplace_back(&region, index);
+      }
+    }
+  }
+  return out;
+}
+
+// Stale pages that come into use where they are.
+void SlotSpace::count_adopted(std::uint32_t slot, const Windows& before,
+                              std::span<const Need> needs) {
+  for (std::size_t i = 0; i < regions_.size(); ++i) {
+    const PageWindow now = regions_[i].window(slot);
+    totals_.pages_adopted += (now.end - before[i].end) * regions_[i].spec().runs;
+  }
+  for (const Need& need : needs) {
+    const auto i = static_cast<std::size_t>(need.region - regions_.data());
+    totals_.pages_adopted -= need.index % need.region->pages_per_run() >= before[i].end;
+  }
+}
+
+void SlotSpace::grow(std::uint32_t slot, std::size_t tokens, Stream stream, DeviceLock& lock) {
+  Slot& s = slots_[slot];
+  const Windows before = windows(slot);
+  // Declaring first what the sequence will use protects what is mapped there already from being
+  // reclaimed for its own sake.
+  for (std::size_t i = 0; i < regions_.size(); ++i) {
+    const PageWindow wanted = window_of(regions_[i], s.anchor, tokens);
+    regions_[i].set_window(
+        slot, {std::max(before[i].begin, wanted.begin), std::max(before[i].end, wanted.end)});
+  }
+  try {
+    if (s.fence) s.fence->order_before(stream);
+    const std::vector<Need> needs = find_needs(slot, s.tokens);
+    count_adopted(slot, before, needs);
+    if (!needs.empty()) {
+      auto recycled = recyclable(slot);
+      if (recycled.size() > needs.size()) recycled.resize(needs.size());
+      // A reference of our own keeps acquire() from reclaiming them meanwhile.
+      PageRefs reused(*pool_);
+      for (const auto& [region, index] : recycled) reused.share(region->at(slot, index));
+      const PageRefs fresh = pool_->acquire(needs.size() - recycled.size(), lock);
+      Remap remap(*pool_, lost_);
+      for (const auto& [region, index] : recycled) remap.set(*region, slot, index, kNoPage);
+      bool copies = false;
+      for (std::size_t i = 0; i < needs.size(); ++i) {
+        const std::size_t from_fresh = i - reused.size();
+        remap.set(*needs[i].region, slot, needs[i].index,
+                  i < reused.size() ? reused[i] : fresh[from_fresh]);
+        copies = copies || needs[i].copy_bytes > 0;
+      }
+      if (copies) Fence(pool_->driver_ptr(), stream).wait();  // live pages are about to move
+      if (remap.unmaps()) before_unmap(s);
+      remap.execute();
+      remap.clean(stream);
+      for (const Need& need : needs) {
+        if (need.copy_bytes > 0) {
+          copy(need.region->address(slot, need.index), need.copy_from, need.copy_bytes, stream);
+        }
+      }
+      remap.commit();
+      totals_.pages_mapped += needs.size();
+      totals_.pages_recycled += recycled.size();
+    }
+  } catch (...) {
+    set_windows(slot, before);
+    throw;
+  }
+  s.ready = std::max(tokens, ready_of(slot));
+}
+
+// The windows of the slot once its anchor and length are these: what lies before them is left.
+bool SlotSpace::leaves_pages(std::uint32_t slot, std::size_t anchor, std::size_t tokens) const {
+  return std::any_of(regions_.begin(), regions_.end(), [&](const Region& region) {
+    return window_of(region, anchor, tokens).begin > region.window(slot).begin;
+  });
+}
+
+void SlotSpace::leave_pages(std::uint32_t slot) {
+  for (Region& region : regions_) {
+    const PageWindow now = region.window(slot);
+    const std::uint32_t begin = window_of(region, slots_[slot].anchor, slots_[slot].tokens).begin;
+    if (begin > now.begin) region.set_window(slot, {begin, now.end});
+  }
+}
+
+void SlotSpace::grow_all(std::span<const std::int32_t> slots, std::span<const std::int32_t> tokens,
+                         Stream stream, bool advance) {
+  DeviceLock lock = enter();
+  if (slots.size() != tokens.size()) {
+    throw std::invalid_argument("got " + std::to_string(slots.size()) + " slots and " +
+                                std::to_string(tokens.size()) + " lengths; give one length each");
+  }
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    open_slot(slots[i]);
+    check_tokens(tokens[i]);
+  }
+  struct Grown {
+    std::uint32_t slot;
+    std::size_t ready;
+    Windows windows;
+  };
+  std::vector<Grown> grown;
+  std::shared_ptr<Fence> left;
+  try {
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+      const auto slot = static_cast<std::uint32_t>(slots[i]);
+      const auto wanted = static_cast<std::size_t>(tokens[i]);
+      if (wanted <= slots_[slot].ready) continue;
+      grown.push_back({slot, slots_[slot].ready, windows(slot)});
+      try {
+        grow(slot, wanted, stream, lock);
+      } catch (...) {
+        grown.pop_back();
+        throw;
+      }
+      if (advance && !left && leaves_pages(slot, slots_[slot].tokens, wanted)) {
+        left = std::make_shared<Fence>(pool_->driver_ptr(), stream);
+      }
+    }
+  } catch (...) {
+    try {
+      for (auto it = grown.rbegin(); it != grown.rend(); ++it) {
+        fence(slots_[it->slot], stream);  // fresh pages may have been filled on the stream
+        set_windows(it->slot, it->windows);
+        slots_[it->slot].ready = it->ready;
+      }
+    } catch (const std::exception&) {
+      // Then those slots keep what was mapped for them, as after prepare(): nothing is lost.
+    }
+    throw;
+  }
+  if (!advance) return;
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    Slot& s = slots_[static_cast<std::uint32_t>(slots[i])];
+    const auto wanted = static_cast<std::size_t>(tokens[i]);
+    if (wanted <= s.tokens) continue;
+    s.anchor = s.tokens;
+    s.tokens = wanted;
+  }
+  if (!left) return;
+  for (const Grown& it : grown) {
+    leave_pages(it.slot);
+    slots_[it.slot].fence = left;
+  }
+}
+
+void SlotSpace::ensure(std::span<const std::int32_t> slots, std::span<const std::int32_t> tokens,
+                       Stream stream) {
+  grow_all(slots, tokens, stream, true);
+}
+
+void SlotSpace::prepare(std::span<const std::int32_t> slots, std::span<const std::int32_t> tokens,
+                        Stream stream) {
+  grow_all(slots, tokens, stream, false);
+}
+
+}  // namespace vattn

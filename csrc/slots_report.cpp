@@ -1,0 +1,195 @@
+// What a cache tells about itself: figures, maps, and whether its invariants hold.
+#include <algorithm>
+#include <string>
+
+#include "slots.h"
+
+namespace vattn {
+namespace {
+
+// How the pages of a cache are used, one byte per page of the pool.
+enum Use : std::uint8_t { kUsedStale = 1, kUsedCover = 2, kUsedLive = 4, kUsedShared = 8 };
+
+}  // namespace
+
+std::size_t SlotSpace::tokens(std::uint32_t slot) {
+  const DeviceLock lock = enter();
+  return open_slot(slot).tokens;
+}
+
+std::uint32_t SlotSpace::generation(std::uint32_t slot) {
+  const DeviceLock lock = enter();
+  return slots_[checked_index(slot)].generation;
+}
+
+bool SlotSpace::is_open(std::uint32_t slot) {
+  const DeviceLock lock = enter();
+  return slots_[checked_index(slot)].open;
+}
+
+std::size_t SlotSpace::pages_needed(std::uint32_t slot, std::size_t tokens) {
+  const DeviceLock lock = enter();
+  const Slot& s = open_slot(slot);
+  check_tokens(static_cast<std::int64_t>(tokens));
+  std::size_t needed = 0;
+  if (tokens <= s.ready) return needed;
+  for (const Region& region : regions_) {
+    const PageWindow now = region.window(slot);
+    const PageWindow wanted = window_of(region, s.anchor, tokens);
+    const auto written = static_cast<std::uint32_t>(full_pages(region, s.tokens));
+    for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
+      for (std::uint32_t p = std::max(wanted.begin, written); p < wanted.end; ++p) {
+        const PageId id = region.at(slot, run * region.pages_per_run() + p);
+        needed += id == kNoPage || pool_->live(id) > (now.contains(p) ? 1U : 0U);
+      }
+    }
+  }
+  return needed;
+}
+
+std::size_t SlotSpace::first_token(std::uint32_t slot, std::uint32_t region) {
+  const DeviceLock lock = enter();
+  open_slot(slot);
+  const Region& r = regions_.at(region);
+  const std::size_t bytes = r.window(slot).begin * pool_->page_bytes();
+  return (bytes + r.spec().token_bytes - 1) / r.spec().token_bytes;
+}
+
+SpaceStats SlotSpace::stats() {
+  const DeviceLock lock = enter();
+  SpaceStats out = totals_;
+  std::vector<std::uint8_t> uses(pool_->page_slots(), 0);
+  for (std::uint32_t slot = 0; slot < slots(); ++slot) {
+    const Slot& s = slots_[slot];
+    out.open_slots += s.open;
+    out.tokens += s.tokens;
+    for (const Region& region : regions_) {
+      const PageWindow window = region.window(slot);
+      const std::size_t partial = tail_bytes(region, s.tokens) > 0 ? 1 : 0;
+      const std::size_t live_end = full_pages(region, s.tokens) + partial;
+      const std::size_t first = window.begin * pool_->page_bytes() / region.spec().token_bytes;
+      out.token_bytes +=
+          (s.tokens - std::min(first, s.tokens)) * region.spec().token_bytes * region.spec().runs;
+      for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
+        for (std::uint32_t p = 0; p < region.top(slot); ++p) {
+          const PageId id = region.at(slot, run * region.pages_per_run() + p);
+          if (id == kNoPage) continue;
+          const bool live = window.contains(p) && p < live_end;
+          if (live && (uses[id] & kUsedLive) != 0) uses[id] |= kUsedShared;
+          uses[id] |= live ? kUsedLive : window.contains(p) ? kUsedCover : kUsedStale;
+        }
+      }
+    }
+  }
+  const std::size_t page = pool_->page_bytes();
+  for (const std::uint8_t use : uses) {
+    if ((use & kUsedLive) != 0) {
+      out.live_bytes += page;
+    } else if ((use & kUsedCover) != 0) {
+      out.cover_bytes += page;
+    } else if ((use & kUsedStale) != 0) {
+      out.stale_bytes += page;
+    }
+    if ((use & kUsedShared) != 0) out.shared_bytes += page;
+  }
+  out.scratch_bytes = scratch_.bytes();
+  for (const Region& region : regions_) out.reserved_bytes += region.reservation()->bytes();
+  return out;
+}
+
+std::vector<PageState> SlotSpace::page_states(std::uint32_t slot, std::uint32_t region) {
+  const DeviceLock lock = enter();
+  const Region& r = regions_.at(region);
+  const Slot& s = slots_[checked_index(slot)];
+  const PageWindow window = r.window(slot);
+  const std::size_t live_end = full_pages(r, s.tokens) + (tail_bytes(r, s.tokens) > 0 ? 1 : 0);
+  std::vector<PageState> out(r.entries_per_slot(), PageState::kUnmapped);
+  for (std::uint32_t index = 0; index < out.size(); ++index) {
+    const PageId id = r.at(slot, index);
+    const std::uint32_t p = index % r.pages_per_run();
+    if (id == kNoPage) continue;
+    if (!window.contains(p)) {
+      out[index] = PageState::kStale;
+    } else if (p >= live_end) {
+      out[index] = PageState::kCover;
+    } else {
+      out[index] = pool_->live(id) > 1 ? PageState::kShared : PageState::kLive;
+    }
+  }
+  return out;
+}
+
+std::vector<PageId> SlotSpace::page_ids(std::uint32_t slot, std::uint32_t region) {
+  const DeviceLock lock = enter();
+  const Region& r = regions_.at(region);
+  std::vector<PageId> out(r.entries_per_slot());
+  for (std::uint32_t index = 0; index < out.size(); ++index) {
+    out[index] = r.at(checked_index(slot), index);
+  }
+  return out;
+}
+
+// Invariants -------------------------------------------------------------------------------------
+
+void SlotSpace::check_slot(std::uint32_t slot) const {
+  const Slot& s = slots_[slot];
+  const auto require = [&](bool holds, const std::string& what) {
+    if (!holds) throw InvariantError("slot " + std::to_string(slot) + ": " + what);
+  };
+  require(s.anchor <= s.tokens && s.tokens <= s.ready && s.ready <= max_tokens_,
+          "anchor <= tokens <= ready <= max_tokens is broken");
+  require(s.open || s.ready == 0, "closed but not empty");
+  for (const Region& region : regions_) {
+    const PageWindow window = region.window(slot);
+    const PageWindow wanted = window_of(region, s.anchor, s.tokens);
+    require(window.begin <= window.end && window.end <= region.pages_per_run(), "window order");
+    require(window.begin <= wanted.begin, "window begins after what a query may reach");
+    require(window.end >= wanted.end, "cover of the tokens is not mapped");
+    require(s.ready <= std::max(s.tokens, ready_of(slot)), "ready is beyond what is mapped");
+    std::uint32_t mapped = 0;
+    for (std::uint32_t index = 0; index < region.entries_per_slot(); ++index) {
+      const std::uint32_t p = index % region.pages_per_run();
+      const PageId id = region.at(slot, index);
+      mapped += id != kNoPage;
+      require(id == kNoPage || p < region.top(slot), "a page above the top");
+      if (!window.contains(p)) continue;
+      require(id != kNoPage, "a hole in a window");
+      require(s.ready == s.tokens || p < full_pages(region, s.tokens) || pool_->live(id) == 1,
+              "a page that may be written is shared");
+    }
+    require(mapped == region.mapped(slot), "count of mapped pages is wrong");
+  }
+}
+
+void SlotSpace::check() {
+  const DeviceLock lock = enter();
+  pool_->check(lock);
+  std::vector<std::uint32_t> refs(pool_->page_slots(), 0), live(pool_->page_slots(), 0);
+  for (std::uint32_t slot = 0; slot < slots(); ++slot) {
+    check_slot(slot);
+    for (const Region& region : regions_) {
+      for (std::uint32_t index = 0; index < region.entries_per_slot(); ++index) {
+        const PageId id = region.at(slot, index);
+        if (id == kNoPage) continue;
+        ++refs[id];
+        live[id] += region.window(slot).contains(index % region.pages_per_run());
+      }
+    }
+  }
+  for (std::size_t i = 0; i < scratch_.bytes() / pool_->page_bytes(); ++i) {
+    ++refs[scratch_.page(i)];
+    ++live[scratch_.page(i)];
+  }
+  // Another cache on the same pool has pages of its own, but no page has users in two caches.
+  for (PageId id = 1; id < refs.size(); ++id) {
+    const bool ours = refs[id] > 0;
+    if (ours && (refs[id] != pool_->refs(id) || live[id] != pool_->live(id))) {
+      throw InvariantError(
+          "page " + std::to_string(id) + " has " + std::to_string(pool_->refs(id)) +
+          " references and " + std::to_string(pool_->live(id)) + " live uses, but is mapped " +
+          std::to_string(refs[id]) + " times, " + std::to_string(live[id]) + " of them live");
+    }
+  }
+}
+
+}  // namespace vattn

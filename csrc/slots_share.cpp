@@ -1,0 +1,331 @@
+// Sharing between slots: fork, and the reorder of many slots at once.
+#include <algorithm>
+#include <string>
+
+#include "slots.h"
+
+namespace vattn {
+
+// Scratch ----------------------------------------------------------------------------------------
+
+Address Scratch::require(std::size_t bytes, DeviceLock& lock) {
+  if (bytes <= this->bytes()) return reservation_ ? reservation_->base() : 0;
+  const std::size_t page = pool_.page_bytes();
+  const std::size_t n = (bytes + page - 1) / page;
+  PageRefs pages = pool_.acquire(n, lock);
+  auto reservation =
+      std::make_unique<Reservation>(pool_.driver_ptr(), n * page, pool_.driver().granularity());
+  std::vector<PageHandle> handles;
+  for (std::size_t i = 0; i < n; ++i) handles.push_back(pool_.handle(pages[i]));
+  pool_.driver().map(reservation->base(), handles, page);
+  try {
+    pool_.driver().set_access(reservation->base(), n * page);
+    clear();
+  } catch (...) {
+    pool_.driver().unmap(reservation->base(), n * page);
+    throw;
+  }
+  for (std::size_t i = 0; i < n; ++i) {
+    pool_.add_live(pages[i]);
+    pool_.set_content(pages[i], Content::kDirty);
+  }
+  reservation_ = std::move(reservation);
+  pages_ = std::move(pages);
+  return reservation_->base();
+}
+
+void Scratch::clear() {
+  if (pages_.size() == 0) return;
+  pool_.driver().unmap(reservation_->base(), bytes());
+  for (std::size_t i = 0; i < pages_.size(); ++i) pool_.drop_live(pages_[i]);
+  pages_.clear();
+  reservation_.reset();
+}
+
+// Fork -------------------------------------------------------------------------------------------
+
+// Pages of a run that its first `tokens` tokens fill: nobody will write them again.
+std::size_t SlotSpace::full_pages(const Region& region, std::size_t tokens) const noexcept {
+  return tokens * region.spec().token_bytes / pool_->page_bytes();
+}
+
+// Bytes of the page after those: the partial tail of a run.
+std::size_t SlotSpace::tail_bytes(const Region& region, std::size_t tokens) const noexcept {
+  return tokens * region.spec().token_bytes % pool_->page_bytes();
+}
+
+// Calls visit(region, index, bytes) for the partial tail of each run of `slot` at a length.
+template <typename Visit>
+void SlotSpace::for_tails(std::size_t tokens, Visit visit) const {
+  for (const Region& region : regions_) {
+    const std::size_t bytes = tail_bytes(region, tokens);
+    if (bytes == 0) continue;
+    const auto page = static_cast<std::uint32_t>(full_pages(region, tokens));
+    for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
+      visit(region, run * region.pages_per_run() + page, bytes);
+    }
+  }
+}
+
+// The free slot whose stale pages agree longest with the prefix of `source`, so that least is
+// remapped; among equals, the best fit.
+std::uint32_t SlotSpace::pick_for_prefix(std::uint32_t source, std::size_t tokens) const {
+  const Region& gauge = regions_.front();
+  const std::size_t full = full_pages(gauge, tokens);
+  std::uint32_t best = pick_free(tokens);
+  std::size_t best_agree = 0;
+  for (std::uint32_t i = 0; i < slots(); ++i) {
+    if (slots_[i].open) continue;
+    std::size_t agree = 0;
+    for (auto p = gauge.window(source).begin; p < full; ++p) {
+      if (gauge.at(i, p) == kNoPage || gauge.at(i, p) != gauge.at(source, p)) break;
+      ++agree;
+    }
+    if (agree > best_agree) {
+      best = i;
+      best_agree = agree;
+    }
+  }
+  return best;
+}
+
+// Plans that `slot` shares the full pages of the first `tokens` tokens of `source`.
+void SlotSpace::alias_prefix(Remap& remap, Region& region, std::uint32_t slot, std::uint32_t source,
+                             std::size_t tokens) {
+  const auto full = static_cast<std::uint32_t>(full_pages(region, tokens));
+  for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
+    for (std::uint32_t p = region.window(slot).begin; p < full; ++p) {
+      const std::uint32_t index = run * region.pages_per_run() + p;
+      remap.set(region, slot, index, region.at(source, index));
+      ++totals_.pages_aliased;
+    }
+  }
+}
+
+std::uint32_t SlotSpace::fork(std::uint32_t source, std::size_t tokens, Stream stream) {
+  DeviceLock lock = enter();
+  const Slot& parent = open_slot(source);
+  if (tokens > parent.tokens) {
+    throw std::invalid_argument("fork of " + std::to_string(tokens) + " tokens, but slot " +
+                                std::to_string(source) + " holds " + std::to_string(parent.tokens));
+  }
+  const std::size_t anchor = std::min(parent.anchor, tokens);
+  const Windows wanted = windows_at(source, anchor, tokens);
+  const std::uint32_t slot = pick_for_prefix(source, tokens);
+  Slot& child = slots_[slot];
+  set_windows(slot, wanted);
+  try {
+    if (child.fence) child.fence->order_before(stream);
+    const std::vector<Need> needs = find_needs(slot, tokens);
+    const PageRefs fresh = pool_->acquire(needs.size(), lock);
+    Remap remap(*pool_, lost_);
+    for (Region& region : regions_) alias_prefix(remap, region, slot, source, tokens);
+    for (std::size_t i = 0; i < needs.size(); ++i) {
+      remap.set(*needs[i].region, slot, needs[i].index, fresh[i]);
+    }
+    if (remap.unmaps()) before_unmap(child);
+    remap.execute();
+    remap.clean(stream);
+    for_tails(tokens, [&](const Region& region, std::uint32_t index, std::size_t bytes) {
+      copy(region.address(slot, index), region.address(source, index), bytes, stream);
+    });
+    remap.commit();
+    totals_.pages_mapped += needs.size();
+  } catch (...) {
+    set_windows(slot, Windows(regions_.size()));
+    throw;
+  }
+  child.open = true;
+  ++child.generation;
+  child.anchor = anchor;
+  child.tokens = tokens;
+  child.ready = std::max(tokens, ready_of(slot));
+  return slot;
+}
+
+// Reorder ----------------------------------------------------------------------------------------
+//
+// Partial tails are overwritten in place, since remapping one page per run would cost far more than
+// copying half of one. All tails that will be overwritten are staged first: a row may be source and
+// destination at once, and a failure later must be able to put them back.
+
+std::vector<SlotSpace::Move> SlotSpace::plan_moves(std::span<const std::int32_t> destinations,
+                                                   std::span<const std::int32_t> sources) {
+  if (destinations.size() != sources.size()) {
+    throw std::invalid_argument("got " + std::to_string(destinations.size()) +
+                                " destinations and " + std::to_string(sources.size()) +
+                                " sources; give one source each");
+  }
+  std::vector<Move> moves;
+  std::unordered_set<std::uint32_t> seen;
+  for (std::size_t i = 0; i < destinations.size(); ++i) {
+    open_slot(destinations[i]);
+    const Slot& from = open_slot(sources[i]);
+    const auto to = static_cast<std::uint32_t>(destinations[i]);
+    const auto source = static_cast<std::uint32_t>(sources[i]);
+    if (!seen.insert(to).second) {
+      throw std::invalid_argument("slot " + std::to_string(to) + " is a destination twice");
+    }
+    if (to == source) continue;
+    moves.push_back({to, source, from.anchor, from.tokens, windows(to),
+                     windows_at(source, from.anchor, from.tokens), 0});
+  }
+  return moves;
+}
+
+void SlotSpace::stage_tails(std::vector<Move>& moves, Stream stream, DeviceLock& lock) {
+  std::size_t total = 0;
+  for (Move& move : moves) {
+    move.staged = total;  // an offset until the memory is there
+    for_tails(slots_[move.to].tokens,
+              [&](const Region&, std::uint32_t, std::size_t bytes) { total += bytes; });
+  }
+  if (scratch_fence_) {
+    scratch_fence_->order_before(stream);
+    if (total > scratch_.bytes()) scratch_fence_->wait();
+  }
+  const Address base = scratch_.require(total, lock);
+  for (Move& move : moves) {
+    Address at = move.staged += base;
+    for_tails(slots_[move.to].tokens,
+              [&](const Region& region, std::uint32_t index, std::size_t bytes) {
+                copy(at, region.address(move.to, index), bytes, stream);
+                at += bytes;
+              });
+  }
+}
+
+// Holds every page that will be shared, and every page that a destination gives up, so that nothing
+// reclaims them while the tables change or before they are put back.
+void SlotSpace::share_sources(const std::vector<Move>& moves, PageRefs& held,
+                              std::unordered_set<PageId>& aliased) const {
+  for (const Move& move : moves) {
+    for (std::size_t r = 0; r < regions_.size(); ++r) {
+      const Region& region = regions_[r];
+      const std::size_t full = full_pages(region, move.tokens);
+      for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
+        for (std::uint32_t p = move.after[r].begin; p < full; ++p) {
+          const PageId id = region.at(move.from, run * region.pages_per_run() + p);
+          held.share(id);
+          aliased.insert(id);
+        }
+        for (std::uint32_t p = move.before[r].begin; p < move.before[r].end; ++p) {
+          held.share(region.at(move.to, run * region.pages_per_run() + p));
+        }
+      }
+    }
+  }
+}
+
+// As find_needs(), and besides the pages that another row of the same reorder is about to share.
+std::vector<SlotSpace::Need> SlotSpace::find_move_needs(const Move& move,
+                                                        const std::unordered_set<PageId>& aliased) {
+  std::vector<Need> needs = find_needs(move.to, move.tokens);
+  for (Region& region : regions_) {
+    const PageWindow window = region.window(move.to);
+    const auto full = static_cast<std::uint32_t>(full_pages(region, move.tokens));
+    for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
+      for (std::uint32_t p = std::max(window.begin, full); p < window.end; ++p) {
+        const std::uint32_t index = run * region.pages_per_run() + p;
+        const PageId id = region.at(move.to, index);
+        if (id != kNoPage && pool_->live(id) == 1 && aliased.contains(id)) {
+          needs.push_back({&region, move.to, index, 0, 0});
+        }
+      }
+    }
+  }
+  return needs;
+}
+
+void SlotSpace::copy_tails(const std::vector<Move>& moves, Stream stream) {
+  std::vector<Address> staged(slots_.size(), 0);
+  for (const Move& move : moves) staged[move.to] = move.staged;
+  for (const Move& move : moves) {
+    Address at = staged[move.from];
+    for_tails(move.tokens, [&](const Region& region, std::uint32_t index, std::size_t bytes) {
+      copy(region.address(move.to, index), at != 0 ? at : region.address(move.from, index), bytes,
+           stream);
+      if (at != 0) at += bytes;
+    });
+  }
+}
+
+void SlotSpace::restore_tails(const std::vector<Move>& moves, Stream stream) noexcept {
+  try {
+    for (const Move& move : moves) {
+      Address at = move.staged;
+      for_tails(slots_[move.to].tokens,
+                [&](const Region& region, std::uint32_t index, std::size_t bytes) {
+                  pool_->driver().copy(region.address(move.to, index), at, bytes, stream);
+                  at += bytes;
+                });
+    }
+  } catch (...) {
+    lost_ = true;
+  }
+}
+
+void SlotSpace::remap_moves(const std::vector<Move>& moves, bool& copied, Stream stream,
+                            DeviceLock& lock) {
+  PageRefs held(*pool_);
+  std::unordered_set<PageId> aliased;
+  share_sources(moves, held, aliased);
+  for (const Move& move : moves) set_windows(move.to, move.after);
+  std::vector<Need> needs;
+  for (const Move& move : moves) {
+    const std::vector<Need> more = find_move_needs(move, aliased);
+    needs.insert(needs.end(), more.begin(), more.end());
+  }
+  const PageRefs fresh = pool_->acquire(needs.size(), lock);
+  Remap remap(*pool_, lost_);
+  for (const Move& move : moves) {
+    for (Region& region : regions_) {
+      alias_prefix(remap, region, move.to, move.from, move.tokens);
+    }
+  }
+  for (std::size_t i = 0; i < needs.size(); ++i) {
+    remap.set(*needs[i].region, needs[i].slot, needs[i].index, fresh[i]);
+  }
+  if (remap.unmaps()) {
+    Fence(pool_->driver_ptr(), stream).wait();  // live pages are about to move
+    for (const Move& move : moves) before_unmap(slots_[move.to]);
+  }
+  remap.execute();
+  remap.clean(stream);
+  copied = true;
+  copy_tails(moves, stream);
+  auto fence = std::make_shared<Fence>(pool_->driver_ptr(), stream);
+  remap.commit();
+  totals_.pages_mapped += needs.size();
+  scratch_fence_ = fence;
+  for (const Move& move : moves) slots_[move.to].fence = fence;
+}
+
+void SlotSpace::assign(std::span<const std::int32_t> destinations,
+                       std::span<const std::int32_t> sources, Stream stream) {
+  DeviceLock lock = enter();
+  std::vector<Move> moves = plan_moves(destinations, sources);
+  if (moves.empty()) return;
+  for (const Move& move : moves) {
+    for (const std::uint32_t slot : {move.to, move.from}) {
+      if (slots_[slot].fence) slots_[slot].fence->order_before(stream);
+    }
+  }
+  stage_tails(moves, stream, lock);
+  bool copied = false;
+  try {
+    remap_moves(moves, copied, stream, lock);
+  } catch (...) {
+    for (const Move& move : moves) set_windows(move.to, move.before);
+    if (copied) restore_tails(moves, stream);
+    throw;
+  }
+  for (const Move& move : moves) {
+    Slot& to = slots_[move.to];
+    to.anchor = move.anchor;
+    to.tokens = move.tokens;
+    to.ready = std::max(move.tokens, ready_of(move.to));
+  }
+}
+
+}  // namespace vattn
