@@ -1,0 +1,435 @@
+"""A KV cache whose sequences are contiguous in virtual memory and grow by mapping pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vattn import _core
+from vattn.kv.layout import DEFAULTS, LayerSpec, Layout, Order, make_layout
+from vattn.kv.pool import PagePool, default_budget_bytes, open_driver
+from vattn.kv.report import CacheStats, MemoryMap, SlotMap
+
+# Tiles of the FlashAttention kernels in use on a GPU, by head size and dtype. SDPA on a CPU reads
+# exactly what it is given.
+DEFAULT_TILES: dict[str, tuple[int, ...]] = {"cpu": (1,), "cuda": (128, 176, 192, 224)}
+
+Int32Array: TypeAlias = npt.NDArray[np.int32]
+
+
+class Slot:
+    """A handle of one open sequence. Good until it is released; ``int(slot)`` is its index."""
+
+    __slots__ = ("_cache", "_generation", "index")
+
+    def __init__(self, cache: KVCache, index: int, generation: int) -> None:
+        self._cache = cache
+        self.index = index
+        self._generation = generation
+
+    def __index__(self) -> int:
+        return self.index
+
+    def __int__(self) -> int:
+        return self.index
+
+    def __repr__(self) -> str:
+        return f"Slot({self.index})"
+
+
+SlotLike: TypeAlias = "Slot | int"
+
+
+class KVCache:
+    """Virtual K and V tensors for up to ``max_seqs`` sequences of up to ``max_tokens`` tokens.
+
+    All addresses are reserved at once and never move; physical pages are mapped where tokens are.
+
+    Args:
+        layers: number of equal layers, or one :class:`LayerSpec` per layer.
+        kv_heads, head_dim, dtype, window: of equal layers; not with a list of specs.
+        max_seqs: slots.
+        max_tokens: longest sequence.
+        device: ``"cpu"`` or ``"cuda[:n]"``.
+        pool: a pool to share; else one is made from ``page_bytes``, ``budget_bytes`` (default: as
+            the pool's, but no more than the full cache) and ``strict``.
+        layers_per_region, order: see :mod:`vattn.kv.layout`; None for the device's default.
+        kv_tile_tokens: tile sizes in tokens of the kernels that read the cache; reads are covered
+            up to whole tiles. None for the device's default.
+        reuse_stale: a released slot keeps its pages mapped for its next user. Off only to compare.
+
+    Raises:
+        ValueError: a size that is not positive, off the granularity or beyond what kernels address.
+    """
+
+    def __init__(
+        self,
+        layers: int | Sequence[LayerSpec],
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        max_seqs: int,
+        max_tokens: int,
+        device: str | torch.device = "cpu",
+        window: int | None = None,
+        page_bytes: int | None = None,
+        budget_bytes: int | str | None = None,
+        pool: PagePool | None = None,
+        layers_per_region: int | None = None,
+        order: Order | None = None,
+        kv_tile_tokens: int | Sequence[int] | None = None,
+        reuse_stale: bool = True,
+        strict: bool = False,
+    ) -> None:
+        self.specs = _layer_specs(layers, kv_heads, head_dim, dtype, window)
+        if pool is not None and (page_bytes, budget_bytes, strict) != (None, None, False):
+            raise ValueError("page_bytes, budget_bytes and strict belong to the pool given")
+        self.device = pool.device if pool is not None else torch.device(device)
+        default = DEFAULTS.get(self.device.type, DEFAULTS["cpu"])
+        if kv_tile_tokens is None:
+            kv_tile_tokens = DEFAULT_TILES.get(self.device.type, (1,))
+        tiles = (kv_tile_tokens,) if isinstance(kv_tile_tokens, int) else tuple(kv_tile_tokens)
+
+        driver = pool.driver if pool is not None else open_driver(self.device, strict=strict)
+        size = pool.page_bytes if pool is not None else page_bytes or driver.default_page_bytes()
+        if size <= 0 or size % driver.granularity():
+            raise ValueError(
+                f"page_bytes={size} is not a positive multiple of the granularity of "
+                f"{driver.name()}, which is {driver.granularity()} bytes"
+            )
+        self.layout: Layout = make_layout(
+            self.specs,
+            slots=max_seqs,
+            max_tokens=max_tokens,
+            page_bytes=size,
+            order=order or default.order,
+            layers_per_region=layers_per_region or default.layers_per_region,
+            tiles=tiles,
+        )
+        if pool is None:
+            if budget_bytes is None:
+                free = default_budget_bytes(self.device.type, driver)
+                budget_bytes = min(self.layout.full_bytes, free)
+            pool = PagePool(self.device, page_bytes=size, budget_bytes=budget_bytes, driver=driver)
+        self.pool = pool
+        self.max_seqs = max_seqs
+        self.max_tokens = max_tokens
+        self._space: _core.SlotSpace | None = _core.SlotSpace(
+            pool.core,
+            regions=[region.core_spec() for region in self.layout.regions],
+            slots=max_seqs,
+            max_tokens=max_tokens,
+            tiles=tiles,
+            keep_stale=reuse_stale,
+        )
+        self._tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    # Lifetime -------------------------------------------------------------------------------------
+
+    @property
+    def _slots(self) -> _core.SlotSpace:
+        if self._space is None:
+            raise ValueError("this cache has been closed; make a new one")
+        return self._space
+
+    def close(self) -> None:
+        """Gives every page back to the pool; tensors handed out keep addresses, not memory."""
+        self._tensors.clear()
+        self._space = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Sequences ------------------------------------------------------------------------------------
+
+    def open(self, *, slot: int | None = None, expected_tokens: int = 0) -> Slot:
+        """Takes a free slot for a new, empty sequence. No driver call.
+
+        Args:
+            slot: a particular one; None takes the one whose leftover pages fit best.
+            expected_tokens: how long the sequence is likely to get, 0 for unknown.
+
+        Raises:
+            OutOfSlots: all slots are open.
+            ValueError: the slot asked for is open or does not exist.
+        """
+        if expected_tokens < 0:
+            raise ValueError(f"expected_tokens={expected_tokens} must not be negative")
+        if slot is not None and not 0 <= slot < self.max_seqs:
+            raise ValueError(f"slot={slot} is not one of the {self.max_seqs} slots of this cache")
+        return self._handle(self._slots.open(slot, expected_tokens))
+
+    def release(self, slot: SlotLike, *, stream: int | None = None) -> None:
+        """Ends a sequence. Its pages stay mapped for the next user until somebody needs them."""
+        self._slots.release(self._index(slot), self._stream(stream))
+
+    def ensure(self, slot: SlotLike, tokens: int, *, stream: int | None = None) -> None:
+        """Makes the first ``tokens`` tokens mapped and the sequence at least that long.
+
+        The tokens from the present length on may then be written, and whole tiles up to the last
+        one read.
+
+        Raises:
+            OutOfPages: the budget is exhausted; nothing has changed.
+            ValueError: more than ``max_tokens``, or a sequence that is not open.
+        """
+        self._slots.ensure(self._index(slot), tokens, self._stream(stream))
+
+    def ensure_many(
+        self,
+        slots: Int32Array | torch.Tensor | Sequence[SlotLike],
+        tokens: Int32Array | torch.Tensor | Sequence[int],
+        *,
+        stream: int | None = None,
+    ) -> None:
+        """:meth:`ensure` for many sequences in one call: all of them or none.
+
+        Args:
+            slots: int32 ``[n]`` slot indices (NumPy or CPU tensor), or handles.
+            tokens: int32 ``[n]`` lengths.
+            stream: raw CUDA stream that the kernels will run on; None for torch's current one.
+        """
+        self._slots.ensure_many(self._slot_array(slots), _int32(tokens), self._stream(stream))
+
+    def prepare(
+        self,
+        slots: Int32Array | torch.Tensor | Sequence[SlotLike],
+        tokens: Int32Array | torch.Tensor | Sequence[int],
+        *,
+        stream: int | None = None,
+    ) -> _core.Ticket:
+        """Maps what a later :meth:`ensure_many` will need, in the background.
+
+        Returns:
+            A ticket; ``wait()`` returns when it is done, and raises what went wrong. Lengths do not
+            change.
+        """
+        return self._slots.prepare_async(
+            self.pool.mapper, self._slot_array(slots), _int32(tokens), self._stream(stream)
+        )
+
+    def truncate(self, slot: SlotLike, tokens: int, *, stream: int | None = None) -> None:
+        """Shortens a sequence to its first ``tokens`` tokens.
+
+        Raises:
+            ValueError: longer than it is, or further back than a sliding-window layer holds.
+        """
+        if tokens < 0:
+            raise ValueError(f"tokens={tokens} must not be negative")
+        self._slots.truncate(self._index(slot), tokens, self._stream(stream))
+
+    def fork(self, slot: SlotLike, tokens: int | None = None, *, stream: int | None = None) -> Slot:
+        """A new sequence with the first ``tokens`` tokens (all by default) of ``slot``.
+
+        Full pages are shared and never written again; the partial tail of each run is copied.
+
+        Raises:
+            OutOfSlots, OutOfPages: nothing has changed.
+            ValueError: more tokens than the sequence has.
+        """
+        index = self._index(slot)
+        if tokens is None:
+            tokens = self._slots.tokens(index)
+        if tokens < 0:
+            raise ValueError(f"tokens={tokens} must not be negative")
+        return self._handle(self._slots.fork(index, tokens, self._stream(stream)))
+
+    def assign(
+        self,
+        destinations: Int32Array | torch.Tensor | Sequence[SlotLike],
+        sources: Int32Array | torch.Tensor | Sequence[SlotLike],
+        *,
+        stream: int | None = None,
+    ) -> None:
+        """Makes each destination what its source was before the call: a reorder of beams.
+
+        Full pages that differ are shared by remapping, partial tails are copied. All slots must
+        be open.
+        """
+        self._slots.assign(
+            self._slot_array(destinations), self._slot_array(sources), self._stream(stream)
+        )
+
+    def trim(self) -> int:
+        """Unmaps stale pages and gives all free memory back to the device; returns those bytes."""
+        return self._slots.trim()
+
+    def mark_dirty(self, slot: SlotLike) -> None:
+        """Declares that a sequence may hold NaN or infinity: its pages are zeroed before reuse."""
+        self._slots.mark_dirty(self._index(slot))
+
+    # Tensors --------------------------------------------------------------------------------------
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a layer over all slots, ``[slots, slot_tokens, kv_heads, head_dim]`` each.
+
+        For kernels only: most of it is reserved and not mapped, and touching that on a GPU ends the
+        context. For eyes and arithmetic use :meth:`view`.
+        """
+        self._check_layer(layer)
+        if layer not in self._tensors:
+            space = self._slots
+            self._tensors[layer] = (
+                self.layout.tensor(space, layer, "k"),
+                self.layout.tensor(space, layer, "v"),
+            )
+        return self._tensors[layer]
+
+    def flat(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V as ``[slots * slot_tokens, kv_heads, head_dim]``.
+
+        Slot ``s`` starts at token ``s * slot_tokens``.
+        For kernels only, as :meth:`layer`.
+
+        Raises:
+            ValueError: the cache is in head order.
+        """
+        self._check_layer(layer)
+        space = self._slots
+        return (
+            self.layout.tensor(space, layer, "k", flat=True),
+            self.layout.tensor(space, layer, "v", flat=True),
+        )
+
+    def view(self, slot: SlotLike, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one sequence, ``[n, kv_heads, head_dim]`` each, bounded to what is mapped.
+
+        They are tokens ``first_token(slot, layer)`` up to the sequence's length.
+        """
+        index = self._index(slot)
+        first, last = self.first_token(slot, layer), self._slots.tokens(index)
+        k, v = self.layer(layer)
+        return k[index, first:last], v[index, first:last]
+
+    def first_token(self, slot: SlotLike, layer: int) -> int:
+        """First token of a sequence that a layer still holds: 0 unless it has a window."""
+        self._check_layer(layer)
+        index = self._index(slot)
+        first = self._slots.first_token(index, self.layout.places[layer][0])
+        return min(first, self._slots.tokens(index))
+
+    def slot_tokens(self, layer: int) -> int:
+        """Tokens from one slot to the next in a layer's flat view."""
+        self._check_layer(layer)
+        return self.layout.regions[self.layout.places[layer][0]].slot_tokens
+
+    # Reports --------------------------------------------------------------------------------------
+
+    def tokens(self, slot: SlotLike) -> int:
+        """Length of a sequence."""
+        return self._slots.tokens(self._index(slot))
+
+    def pages_needed(self, slot: SlotLike, tokens: int) -> int:
+        """Pages that ``ensure(slot, tokens)`` would have to find."""
+        return self._slots.pages_needed(self._index(slot), tokens)
+
+    def stats(self) -> CacheStats:
+        """Figures of this moment."""
+        space, pool = self._slots.stats(), self.pool.stats()
+        return CacheStats(
+            **space,
+            pooled_bytes=pool.free_bytes,
+            budget_bytes=pool.budget_bytes,
+            page_bytes=pool.page_bytes,
+            driver_calls=self.pool.driver_calls(),
+        )
+
+    def memory_map(self) -> MemoryMap:
+        """State of every page of every slot."""
+        space = self._slots
+        slots = []
+        for index in range(self.max_seqs):
+            is_open = space.is_open(index)
+            tokens = space.tokens(index) if is_open else 0
+            pages = tuple(
+                space.page_states(index, region) for region in range(len(self.layout.regions))
+            )
+            slots.append(SlotMap(index, is_open, tokens, pages))
+        return MemoryMap(self.pool.page_bytes, tuple(slots))
+
+    def check(self) -> None:
+        """Verifies the invariants of the cache and its pool.
+
+        Raises:
+            InvariantError: one is broken, which is a bug of vattn.
+        """
+        self._slots.check()
+
+    # Arguments ------------------------------------------------------------------------------------
+
+    def _handle(self, index: int) -> Slot:
+        return Slot(self, index, self._slots.generation(index))
+
+    def _index(self, slot: SlotLike) -> int:
+        if isinstance(slot, Slot):
+            if slot._cache is not self:
+                raise ValueError(f"{slot} belongs to another cache")
+            if self._slots.generation(slot.index) != slot._generation:
+                raise ValueError(f"{slot} was released; open a new sequence")
+            return slot.index
+        index = int(slot)
+        if not 0 <= index < self.max_seqs:
+            raise ValueError(f"slot {index} is not one of the {self.max_seqs} slots of this cache")
+        return index
+
+    def _slot_array(self, slots: Int32Array | torch.Tensor | Sequence[SlotLike]) -> Int32Array:
+        if isinstance(slots, (np.ndarray, torch.Tensor)):
+            return _int32(slots)
+        return np.fromiter((self._index(s) for s in slots), dtype=np.int32)
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < len(self.specs):
+            raise ValueError(f"layer {layer} is not one of the {len(self.specs)} layers")
+
+    def _stream(self, stream: int | None) -> int:
+        if stream is not None:
+            return stream
+        if self.device.type == "cuda" and torch.cuda.is_available():
+            return int(torch.cuda.current_stream(self.device).cuda_stream)
+        return 0
+
+
+def _layer_specs(
+    layers: int | Sequence[LayerSpec],
+    kv_heads: int | None,
+    head_dim: int | None,
+    dtype: torch.dtype | None,
+    window: int | None,
+) -> tuple[LayerSpec, ...]:
+    if isinstance(layers, int):
+        if layers <= 0:
+            raise ValueError(f"layers={layers} must be positive")
+        if kv_heads is None or head_dim is None or dtype is None:
+            raise ValueError("give kv_heads, head_dim and dtype, or a list of LayerSpec")
+        return (LayerSpec(kv_heads, head_dim, dtype, window),) * layers
+    if (kv_heads, head_dim, dtype, window) != (None, None, None, None):
+        raise ValueError("kv_heads, head_dim, dtype and window are part of each LayerSpec given")
+    return tuple(layers)
+
+
+def _int32(values: Int32Array | torch.Tensor | Sequence[int]) -> Int32Array:
+    if isinstance(values, torch.Tensor):
+        if values.device.type != "cpu":
+            raise TypeError(f"expected a CPU tensor, got one on {values.device}")
+        values = values.numpy()
+    if isinstance(values, np.ndarray):
+        if values.dtype != np.int32:
+            raise TypeError(
+                f"expected int32, got {values.dtype}; convert it once, outside the loop"
+            )
+        return values
+    return np.asarray(values, dtype=np.int32)

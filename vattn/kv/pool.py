@@ -1,0 +1,154 @@
+"""The physical memory of one device, as an object that caches can share."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+
+from vattn import _core
+from vattn.config import env_bytes, parse_bytes
+
+# Share of the device's free memory that a pool may take when no budget is given. A GPU serves the
+# model and little else; the host's memory belongs to everybody on it.
+_DEFAULT_SHARE = {"cpu": 0.5, "cuda": 0.9}
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """Physical memory of a pool, in bytes.
+
+    ``created`` exists now; of it ``free`` is in nobody's use and ``stale`` is mapped but used by
+    nobody. ``peak_created`` is the most that ever existed.
+    """
+
+    page_bytes: int
+    budget_bytes: int
+    created_bytes: int
+    free_bytes: int
+    used_bytes: int
+    stale_bytes: int
+    peak_created_bytes: int
+    pages_created_total: int
+    pages_destroyed_total: int
+
+
+def open_driver(device: torch.device, *, strict: bool = False) -> _core.Driver:
+    """The driver for a torch device.
+
+    Raises:
+        ValueError: the device is neither ``cpu`` nor ``cuda``.
+        DriverError: no usable CUDA driver.
+    """
+    if device.type == "cpu":
+        return _core.host_driver(strict=strict)
+    if device.type == "cuda":
+        return _core.cuda_driver(device=device.index or 0)
+    raise ValueError(f"device={str(device)!r} is not supported; use cpu or cuda")
+
+
+def default_budget_bytes(device: str, driver: _core.Driver) -> int:
+    """The share of the device's free memory that a pool takes by default."""
+    return int(driver.memory_info()[0] * _DEFAULT_SHARE[device])
+
+
+class PagePool:
+    """The physical pages of one device: a budget, and who uses what of it.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda[:n]"``.
+        page_bytes: page size; None for the driver's default (16 KiB on the host, the driver's
+            granularity on CUDA). A multiple of the granularity.
+        budget_bytes: most physical memory to use, a number or text such as ``"2GiB"``; None for
+            ``VATTN_BUDGET`` or else half of the host's or nine tenths of the GPU's free memory.
+        ahead_bytes: pages created in the background ahead of need, up to this much. They count
+            against the budget.
+        strict: host only: reserved memory that is not mapped faults when touched.
+        driver: a driver of one's own instead of the device's (tests).
+
+    Raises:
+        ValueError: a page size off the granularity, a budget below one page.
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device = "cpu",
+        *,
+        page_bytes: int | None = None,
+        budget_bytes: int | str | None = None,
+        ahead_bytes: int = 0,
+        strict: bool = False,
+        driver: _core.Driver | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        if driver is None:
+            driver = open_driver(self.device, strict=strict)
+        if page_bytes is not None and page_bytes <= 0:
+            raise ValueError(f"page_bytes={page_bytes} must be positive")
+        if ahead_bytes < 0:
+            raise ValueError(f"ahead_bytes={ahead_bytes} must not be negative")
+        if budget_bytes is None:
+            budget_bytes = env_bytes("VATTN_BUDGET") or default_budget_bytes(
+                self.device.type, driver
+            )
+        self.driver = driver
+        self.core = _core.PagePool(
+            driver,
+            page_bytes=page_bytes or 0,
+            budget_bytes=parse_bytes(budget_bytes, "budget_bytes"),
+            low_bytes=ahead_bytes // 2,
+            high_bytes=ahead_bytes,
+        )
+        self._mapper: _core.Mapper | None = None
+        if ahead_bytes:
+            self.mapper  # noqa: B018  (starts the thread that creates pages)
+
+    @property
+    def page_bytes(self) -> int:
+        """Size of every page of this pool."""
+        return self.core.page_bytes
+
+    @property
+    def mapper(self) -> _core.Mapper:
+        """The background thread of this pool, started on first use."""
+        if self._mapper is None:
+            self._mapper = _core.Mapper(self.core)
+            # Runs at interpreter exit too: the thread must not outlive what it works on.
+            weakref.finalize(self, _stop, self._mapper, self.driver)
+        return self._mapper
+
+    def set_budget(self, budget_bytes: int | str) -> None:
+        """Moves the budget. Free and stale pages beyond it go back to the device at once.
+
+        What live sequences hold beyond the budget is given back as they end; until then nothing new
+        can be mapped.
+        """
+        self.core.set_budget(parse_bytes(budget_bytes, "budget_bytes"))
+
+    def trim(self, keep_bytes: int = 0) -> int:
+        """Gives free pages beyond ``keep_bytes`` back to the device; returns the bytes given."""
+        if keep_bytes < 0:
+            raise ValueError(f"keep_bytes={keep_bytes} must not be negative")
+        return self.core.trim(keep_bytes)
+
+    def stats(self) -> PoolStats:
+        """Figures of this moment."""
+        return PoolStats(**self.core.stats())
+
+    def driver_calls(self) -> dict[str, int]:
+        """Calls of the underlying driver API so far, by kind."""
+        return {op: calls for op, (calls, _) in self.driver.counters().items()}
+
+    def check(self) -> None:
+        """Verifies the pool's invariants.
+
+        Raises:
+            InvariantError: one is broken, which is a bug of vattn.
+        """
+        self.core.check()
+
+
+def _stop(mapper: _core.Mapper, driver: _core.Driver) -> None:
+    if driver.usable():  # in a forked child there is no thread to stop
+        mapper.stop()
