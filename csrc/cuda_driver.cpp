@@ -133,7 +133,7 @@ void CudaDriver::do_release(Address base, std::size_t bytes) {
 
 // Pages ------------------------------------------------------------------------------------------
 
-void CudaDriver::do_create(std::span<PageHandle> out, std::size_t page_bytes) {
+void CudaDriver::do_create(std::span<PageHandle> out, std::size_t page_bytes, Address) {
   const RelaxedEntry entry(*this);
   const CUmemAllocationProp properties = page_properties();
   for (std::size_t i = 0; i < out.size(); ++i) {

@@ -50,7 +50,7 @@ class CudaDriver final : public Driver {
 
   Address do_reserve(std::size_t bytes, std::size_t alignment) override;
   void do_release(Address base, std::size_t bytes) override;
-  void do_create(std::span<PageHandle> out, std::size_t page_bytes) override;
+  void do_create(std::span<PageHandle> out, std::size_t page_bytes, Address home) override;
   void do_destroy(std::span<const PageHandle> pages, std::size_t page_bytes,
                   std::size_t& destroyed) override;
   void do_map(Address base, std::span<const PageHandle> pages, std::size_t page_bytes) override;

@@ -96,13 +96,13 @@ void Driver::release(Address base, std::size_t bytes) {
   do_release(base, bytes);
 }
 
-void Driver::create(std::span<PageHandle> out, std::size_t page_bytes) {
+void Driver::create(std::span<PageHandle> out, std::size_t page_bytes, Address home) {
   ensure_usable();
   require_page_multiple("page size", page_bytes, granularity());
   if (page_bytes == 0) throw std::invalid_argument("page size 0; give a positive size");
   if (out.empty()) return;
   Timer timer(*this, Op::kCreate);
-  do_create(out, page_bytes);
+  do_create(out, page_bytes, home);
 }
 
 std::size_t Driver::destroy(std::span<const PageHandle> pages, std::size_t page_bytes,

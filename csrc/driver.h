@@ -30,7 +30,8 @@
 namespace vattn {
 
 using Address = std::uintptr_t;
-using PageHandle = std::uint64_t;   // one physical page, opaque to all but its driver
+using PageHandle = std::uint64_t;  // one physical page, opaque to all but its driver
+inline constexpr PageHandle kNoPageHandle = ~PageHandle{0};
 using Stream = std::uintptr_t;      // a CUstream; 0 is the default stream; ignored on the host
 using EventHandle = std::uint64_t;  // 0 is no event
 
@@ -94,8 +95,13 @@ class Driver {
 
   // Creates `out.size()` pages of `page_bytes` each, all or none. Their contents are what
   // `fresh_pages_are_zero()` says. Where handles have an order, neighbours in `out` are
-  // neighbours in it, so that mapping them side by side is cheap.
-  void create(std::span<PageHandle> out, std::size_t page_bytes);
+  // neighbours in it, so that mapping them side by side is cheap. `home` says where they will be
+  // mapped first, 0 if unknown: a driver for which neighbours matter then makes pages that are
+  // neighbours of those already mapped around there.
+  void create(std::span<PageHandle> out, std::size_t page_bytes, Address home = 0);
+  // The page that is at home at this address, whether it exists or not; kNoPageHandle if the driver
+  // has no such preference.
+  virtual PageHandle page_at_home(Address) const { return kNoPageHandle; }
   // Destroys pages that are not mapped anywhere. Memory goes back to the device. Returns how many
   // are gone, from the front: fewer than asked means that the next one failed; its error is then
   // in `error`, and it and the rest still exist.
@@ -143,7 +149,7 @@ class Driver {
  private:
   virtual Address do_reserve(std::size_t bytes, std::size_t alignment) = 0;
   virtual void do_release(Address base, std::size_t bytes) = 0;
-  virtual void do_create(std::span<PageHandle> out, std::size_t page_bytes) = 0;
+  virtual void do_create(std::span<PageHandle> out, std::size_t page_bytes, Address home) = 0;
   // Adds to `destroyed` as it goes, so that the caller knows what is left after a throw.
   virtual void do_destroy(std::span<const PageHandle> pages, std::size_t page_bytes,
                           std::size_t& destroyed) = 0;

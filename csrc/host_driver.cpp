@@ -90,7 +90,7 @@ HostDriver::~HostDriver() {
   // Pages live in the memfd and die with its last mapping. In a forked child the ranges were never
   // inherited, so there the addresses may belong to somebody else by now.
   if (usable()) {
-    for (const auto& [base, bytes] : reservations_) ::munmap(pointer(base), bytes);
+    for (const auto& [base, it] : reservations_) ::munmap(pointer(base), it.bytes);
   }
   if (fd_ >= 0) ::close(fd_);
 }
@@ -138,14 +138,15 @@ Address HostDriver::do_reserve(std::size_t bytes, std::size_t alignment) {
   // Core dumps of a terabyte of nothing help nobody.
   ::madvise(pointer(base), bytes, MADV_DONTDUMP);
   const std::lock_guard lock(mutex_);
-  reservations_.emplace(base, bytes);
+  reservations_.emplace(base, Reservation{bytes, home_end_});
+  home_end_ += bytes;
   return base;
 }
 
 void HostDriver::do_release(Address base, std::size_t bytes) {
   const std::lock_guard lock(mutex_);
   const auto found = reservations_.find(base);
-  if (found == reservations_.end() || found->second != bytes) {
+  if (found == reservations_.end() || found->second.bytes != bytes) {
     throw std::invalid_argument("release of " + range_text(base, bytes) +
                                 ", which is not a reservation; pass what reserve() gave");
   }
@@ -157,48 +158,88 @@ void HostDriver::do_release(Address base, std::size_t bytes) {
 
 // Pages ------------------------------------------------------------------------------------------
 
-// First fit at the lowest offset, so that neighbours in time are neighbours in the file.
-std::uint64_t HostDriver::take_offsets(std::size_t bytes) {
-  for (auto it = free_offsets_.begin(); it != free_offsets_.end(); ++it) {
-    if (it->second < bytes) continue;
-    const std::uint64_t offset = it->first;
-    const std::size_t left = it->second - bytes;
-    free_offsets_.erase(it);
-    if (left > 0) free_offsets_.emplace(offset + bytes, left);
-    return offset;
+void HostDriver::insert_offsets(Offsets& set, std::uint64_t offset, std::size_t bytes) {
+  auto next = set.lower_bound(offset);
+  if (next != set.end() && next->first == offset + bytes) {
+    bytes += next->second;
+    next = set.erase(next);
   }
-  const std::uint64_t offset = end_offset_;
-  end_offset_ += bytes;
+  if (next != set.begin()) {
+    const auto previous = std::prev(next);
+    if (previous->first + previous->second == offset) {
+      previous->second += bytes;
+      return;
+    }
+  }
+  set.emplace(offset, bytes);
+}
+
+// Pre: the stretch lies in one element of the set.
+void HostDriver::erase_offsets(Offsets& set, std::uint64_t offset, std::size_t bytes) {
+  const auto it = std::prev(set.upper_bound(offset));
+  const std::uint64_t end = it->first + it->second;
+  it->second = offset - it->first;
+  if (it->second == 0) set.erase(it);
+  if (end > offset + bytes) set.emplace(offset + bytes, end - offset - bytes);
+}
+
+// Bytes of [offset, offset + bytes) that are in the set.
+std::size_t HostDriver::overlap(const Offsets& set, std::uint64_t offset, std::size_t bytes) {
+  std::size_t common = 0;
+  auto it = set.upper_bound(offset);
+  if (it != set.begin()) --it;
+  for (; it != set.end() && it->first < offset + bytes; ++it) {
+    const std::uint64_t first = std::max(it->first, offset);
+    const std::uint64_t last = std::min(it->first + it->second, offset + bytes);
+    if (last > first) common += last - first;
+  }
+  return common;
+}
+
+// Where in the memfd the addresses are at home; kNoPageHandle outside of any reservation.
+std::uint64_t HostDriver::home_offset(Address address, std::size_t bytes) const {
+  auto it = reservations_.upper_bound(address);
+  if (it == reservations_.begin()) return kNoPageHandle;
+  --it;
+  if (address + bytes > it->first + it->second.bytes) return kNoPageHandle;
+  return it->second.home + (address - it->first);
+}
+
+PageHandle HostDriver::page_at_home(Address address) const {
+  const std::lock_guard lock(mutex_);
+  return home_offset(address, 1);
+}
+
+// At home if nothing is there yet; else first fit at the lowest offset, so that neighbours in time
+// are neighbours in the file.
+std::uint64_t HostDriver::take_offsets(std::size_t bytes, Address home) {
+  std::uint64_t offset = home != 0 ? home_offset(home, bytes) : kNoPageHandle;
+  if (offset == kNoPageHandle || overlap(created_, offset, bytes) > 0) {
+    const auto fits = [&](const auto& hole) { return hole.second >= bytes; };
+    const auto hole = std::find_if(free_.begin(), free_.end(), fits);
+    if (hole != free_.end()) {
+      offset = hole->first;
+      erase_offsets(free_, offset, bytes);
+    } else {
+      offset = end_;
+      end_ += bytes;
+    }
+  }
+  insert_offsets(created_, offset, bytes);
   return offset;
 }
 
 void HostDriver::give_offsets(std::uint64_t offset, std::size_t bytes) {
-  auto next = free_offsets_.lower_bound(offset);
-  if (next != free_offsets_.end() && next->first == offset + bytes) {
-    bytes += next->second;
-    next = free_offsets_.erase(next);
-  }
-  if (next != free_offsets_.begin()) {
-    const auto previous = std::prev(next);
-    if (previous->first + previous->second == offset) {
-      offset = previous->first;
-      bytes += previous->second;
-      free_offsets_.erase(previous);
-    }
-  }
-  if (offset + bytes == end_offset_) {
-    end_offset_ = offset;
-  } else {
-    free_offsets_.emplace(offset, bytes);
-  }
+  erase_offsets(created_, offset, bytes);
+  if (offset < kFirstHome) insert_offsets(free_, offset, bytes);
 }
 
-void HostDriver::do_create(std::span<PageHandle> out, std::size_t page_bytes) {
+void HostDriver::do_create(std::span<PageHandle> out, std::size_t page_bytes, Address home) {
   const std::size_t bytes = out.size() * page_bytes;
   std::uint64_t offset = 0;
   {
     const std::lock_guard lock(mutex_);
-    offset = take_offsets(bytes);
+    offset = take_offsets(bytes, home);
   }
   // Outside the lock: this is where memory is taken and zeroed, about 1 ms for 2 MiB.
   count(Op::kCreate, 1);
@@ -224,14 +265,7 @@ void HostDriver::do_create(std::span<PageHandle> out, std::size_t page_bytes) {
 }
 
 void HostDriver::require_created(const char* call, PageHandle page, std::size_t bytes) const {
-  auto hole = free_offsets_.upper_bound(page);
-  const bool next_overlaps = hole != free_offsets_.end() && hole->first < page + bytes;
-  const bool previous_overlaps = hole != free_offsets_.begin() && [&] {
-    --hole;
-    return hole->first + hole->second > page;
-  }();
-  if (page % kGranularity != 0 || page + bytes > end_offset_ || next_overlaps ||
-      previous_overlaps) {
+  if (page % kGranularity != 0 || overlap(created_, page, bytes) != bytes) {
     throw std::invalid_argument(std::string(call) + " of page " + std::to_string(page) +
                                 ", which does not exist (destroyed already?)");
   }
@@ -264,7 +298,7 @@ void HostDriver::require_reserved(const char* call, Address base, std::size_t by
   auto it = reservations_.upper_bound(base);
   if (it != reservations_.begin()) {
     --it;
-    if (base >= it->first && base + bytes <= it->first + it->second) return;
+    if (base >= it->first && base + bytes <= it->first + it->second.bytes) return;
   }
   throw std::invalid_argument(std::string(call) + " of " + range_text(base, bytes) +
                               ", which is not inside one reservation; reserve it first");

@@ -30,6 +30,10 @@ class HostDriver final : public Driver {
   MemoryInfo memory_info() const override;
   // Physical bytes in the memfd now. The process's RSS counts a page once per alias; this does not.
   std::size_t physical_bytes() const override;
+  // Every reservation has a stretch of the memfd of its own, which is sparse. Pages at home lie in
+  // it as their addresses do, so that however late and in whatever order the pages of a run come,
+  // the kernel holds the run as one mapping. vm.max_map_count allows few.
+  PageHandle page_at_home(Address address) const override;
 
  private:
   static constexpr std::size_t kGranularity = 4096;
@@ -42,10 +46,18 @@ class HostDriver final : public Driver {
     std::uint64_t offset;
   };
   using Extents = std::map<Address, Extent>;
+  // Disjoint stretches of the memfd: offset to bytes. Neighbours are merged.
+  using Offsets = std::map<std::uint64_t, std::size_t>;
+  // Pages without a home lie below, homes above. The file is sparse: only pages take memory.
+  static constexpr std::uint64_t kFirstHome = std::uint64_t{1} << 46;
+
+  static void insert_offsets(Offsets& set, std::uint64_t offset, std::size_t bytes);
+  static void erase_offsets(Offsets& set, std::uint64_t offset, std::size_t bytes);
+  static std::size_t overlap(const Offsets& set, std::uint64_t offset, std::size_t bytes);
 
   Address do_reserve(std::size_t bytes, std::size_t alignment) override;
   void do_release(Address base, std::size_t bytes) override;
-  void do_create(std::span<PageHandle> out, std::size_t page_bytes) override;
+  void do_create(std::span<PageHandle> out, std::size_t page_bytes, Address home) override;
   void do_destroy(std::span<const PageHandle> pages, std::size_t page_bytes,
                   std::size_t& destroyed) override;
   void do_map(Address base, std::span<const PageHandle> pages, std::size_t page_bytes) override;
@@ -67,8 +79,9 @@ class HostDriver final : public Driver {
   void require_created(const char* call, PageHandle page, std::size_t bytes) const;
   void require_mappings_left(std::size_t more) const;
 
-  std::uint64_t take_offsets(std::size_t bytes);
+  std::uint64_t take_offsets(std::size_t bytes, Address home);
   void give_offsets(std::uint64_t offset, std::size_t bytes);
+  std::uint64_t home_offset(Address address, std::size_t bytes) const;
   void map_extent(Address base, std::size_t bytes, std::uint64_t offset);
   void clear_range(Address base, std::size_t bytes);
   void insert_extent(Address base, Extent extent);
@@ -80,10 +93,16 @@ class HostDriver final : public Driver {
   std::size_t map_limit_ = 0;  // vm.max_map_count, less what the process had when we started
 
   mutable std::mutex mutex_;
-  std::map<Address, std::size_t> reservations_;
+  struct Reservation {
+    std::size_t bytes;
+    std::uint64_t home;  // its stretch of the memfd
+  };
+  std::map<Address, Reservation> reservations_;
   Extents extents_;
-  std::map<std::uint64_t, std::size_t> free_offsets_;  // holes in the memfd below its end
-  std::uint64_t end_offset_ = 0;
+  Offsets created_;  // where the memfd has pages
+  Offsets free_;     // holes among the pages without a home, below end_
+  std::uint64_t end_ = 0;
+  std::uint64_t home_end_ = kFirstHome;
 };
 
 std::shared_ptr<Driver> make_host_driver(const HostOptions& options);

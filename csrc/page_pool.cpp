@@ -79,36 +79,62 @@ void PagePool::throw_out_of_pages(std::size_t wanted) const {
                    "; release or truncate sequences, or raise the budget");
 }
 
-PageRefs PagePool::acquire(std::size_t n, DeviceLock& lock) {
+PageRefs PagePool::acquire(std::span<const Address> homes, DeviceLock& lock) {
   PageRefs refs(*this);
+  const std::size_t n = homes.size();
   if (n == 0) return refs;
   if (available(lock) < n) throw_out_of_pages(n);
-  if (free_.size() < n) {
-    const std::size_t creatable = budget_pages_ > created_ ? budget_pages_ - created_ : 0;
-    bool device_full = false;
-    try {
-      create_pages(std::min(n - free_.size(), creatable));
-    } catch (const OutOfPages&) {
-      device_full = true;  // less memory than the budget says: stale pages may still do
-    }
-    if (free_.size() < n) reclaim(n - free_.size(), lock);
-    if (free_.size() < n) {
-      if (device_full) {
-        throw OutOfPages("the device is out of memory at " + std::to_string(created_) +
-                         " pages, below the budget of " + std::to_string(budget_pages_) +
-                         "; lower the budget or free device memory");
-      }
-      throw_out_of_pages(n);
-    }
-  }
-  for (std::size_t i = 0; i < n; ++i) {
-    const PageId id = free_.take_lowest();
+  if (free_.size() < n) find_more(homes, lock);
+  std::vector<PageId> taken(n, kNoPage);
+  take_at_home(homes, taken);
+  for (PageId& id : taken) {
+    if (id == kNoPage) id = free_.take_lowest();
     pages_[id].refs = 1;
     ++stale_;  // until somebody declares it live
     refs.adopt(id);
   }
   wake_if_low();
   return refs;
+}
+
+// Brings the free list to the length of `homes`: creates what the budget allows, for the addresses
+// that no free page is at home at, and reclaims the rest.
+void PagePool::find_more(std::span<const Address> homes, DeviceLock& lock) {
+  const std::size_t n = homes.size();
+  const std::size_t creatable = budget_pages_ > created_ ? budget_pages_ - created_ : 0;
+  bool device_full = false;
+  try {
+    std::vector<Address> homeless;
+    for (const Address home : homes) {
+      if (free_at_home(home) == kNoPage) homeless.push_back(home);
+    }
+    // The last ones: those before them get the free pages that are at home nowhere near.
+    const std::size_t more = std::min({n - free_.size(), creatable, homeless.size()});
+    create_pages(std::span<const Address>(homeless).last(more));
+  } catch (const OutOfPages&) {
+    device_full = true;  // less memory than the budget says: stale pages may still do
+  }
+  if (free_.size() < n) reclaim(n - free_.size(), lock);
+  if (free_.size() >= n) return;
+  if (!device_full) throw_out_of_pages(n);
+  throw OutOfPages("the device is out of memory at " + std::to_string(created_) +
+                   " pages, below the budget of " + std::to_string(budget_pages_) +
+                   "; lower the budget or free device memory");
+}
+
+// The free page that is at home at an address, if there is one.
+PageId PagePool::free_at_home(Address home) const {
+  const PageHandle handle = driver_->page_at_home(home);
+  if (handle == kNoPageHandle) return kNoPage;
+  const auto found = by_handle_.find(handle);
+  return found != by_handle_.end() && free_.contains(found->second) ? found->second : kNoPage;
+}
+
+void PagePool::take_at_home(std::span<const Address> homes, std::vector<PageId>& taken) {
+  for (std::size_t i = 0; i < homes.size(); ++i) {
+    taken[i] = free_at_home(homes[i]);
+    if (taken[i] != kNoPage) free_.erase(taken[i]);
+  }
 }
 
 void PagePool::drop_ref(PageId id) noexcept {
@@ -126,11 +152,16 @@ void PagePool::drop_live(PageId id) noexcept {
   if (--at(id).live == 0) ++stale_;
 }
 
-void PagePool::create_pages(std::size_t n) {
-  if (n == 0) return;
-  std::vector<PageHandle> handles(n);
-  driver_->create(handles, page_bytes_);
-  add_pages(handles);
+// One call per stretch of neighbouring addresses.
+void PagePool::create_pages(std::span<const Address> homes) {
+  for (std::size_t i = 0; i < homes.size();) {
+    std::size_t n = 1;
+    while (i + n < homes.size() && homes[i + n] == homes[i + n - 1] + page_bytes_) ++n;
+    std::vector<PageHandle> handles(n);
+    driver_->create(handles, page_bytes_, homes[i]);
+    add_pages(handles);
+    i += n;
+  }
 }
 
 void PagePool::add_pages(std::span<const PageHandle> handles) {
@@ -147,6 +178,7 @@ void PagePool::add_pages(std::span<const PageHandle> handles) {
       vacant_.reserve(pages_.size());
     }
     pages_[id] = {handle, 0, 0, content, true};
+    by_handle_.emplace(handle, id);
     free_.insert(id);
   }
   created_ += handles.size();
@@ -167,6 +199,7 @@ std::size_t PagePool::destroy_free(std::size_t n) {
   const std::size_t gone = driver_->destroy(handles, page_bytes_, error);
   for (std::size_t i = 0; i < n; ++i) {
     if (i < gone) {
+      by_handle_.erase(handles[i]);
       pages_[ids[i]] = {};
       vacant_.insert(ids[i]);
     } else {

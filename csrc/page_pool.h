@@ -9,6 +9,7 @@
 #include <functional>
 #include <mutex>
 #include <span>
+#include <unordered_map>
 #include <vector>
 
 #include "driver.h"
@@ -95,9 +96,10 @@ class PagePool {
   std::size_t page_bytes() const noexcept { return page_bytes_; }
   DeviceLock lock() { return DeviceLock(mutex_); }
 
-  // `n` pages with one reference each, in ascending order; all or none. Takes free pages first,
-  // then creates within the budget, then reclaims stale ones. Throws OutOfPages.
-  PageRefs acquire(std::size_t n, DeviceLock& lock);
+  // A page with one reference for each address that one will be mapped at, in that order; all or
+  // none. Takes free pages first, those at home there before others, then creates within the
+  // budget, then reclaims stale ones. Throws OutOfPages.
+  PageRefs acquire(std::span<const Address> homes, DeviceLock& lock);
   // Pages that acquire() could give at most: free, creatable and stale.
   std::size_t available(const DeviceLock&) const noexcept;
 
@@ -143,7 +145,10 @@ class PagePool {
   };
 
   Page& at(PageId id) noexcept { return pages_[id]; }
-  void create_pages(std::size_t n);
+  void find_more(std::span<const Address> homes, DeviceLock& lock);
+  PageId free_at_home(Address home) const;
+  void take_at_home(std::span<const Address> homes, std::vector<PageId>& taken);
+  void create_pages(std::span<const Address> homes);
   void add_pages(std::span<const PageHandle> handles);
   std::size_t destroy_free(std::size_t n);
   std::size_t reclaim(std::size_t pages, DeviceLock& lock);
@@ -161,6 +166,7 @@ class PagePool {
   std::size_t peak_created_ = 0;
   std::uint64_t created_total_ = 0, destroyed_total_ = 0;
   std::vector<Page> pages_;
+  std::unordered_map<PageHandle, PageId> by_handle_;
   IndexSet free_;    // exist, unreferenced
   IndexSet vacant_;  // ids without a page
   std::vector<Reclaimer*> reclaimers_;

@@ -67,7 +67,8 @@ void Region::set_window(std::uint32_t slot, PageWindow window) {
   const auto visit = [&](PageWindow in, PageWindow out, auto act) {
     for (std::uint32_t run = 0; run < spec_.runs; ++run) {
       for (std::uint32_t p = in.begin; p < in.end; ++p) {
-        if (out.contains(p)) continue;
+        if (out.contains(p)) p = out.end;  // only what is in one and not in the other
+        if (p >= in.end) break;
         if (const PageId id = at(slot, run * pages_per_run_ + p); id != kNoPage) act(id);
       }
     }

@@ -155,6 +155,7 @@ class SlotSpace final : public Reclaimer {
                 Stream stream, bool advance);
   void grow(std::uint32_t slot, std::size_t tokens, Stream stream, DeviceLock& lock);
   std::vector<Need> find_needs(std::uint32_t slot, std::size_t write_from);
+  static std::vector<Address> homes_of(std::span<const Need> needs);
   void count_adopted(std::uint32_t slot, const Windows& before, std::span<const Need> needs);
   Address live_elsewhere(const Region& region, std::uint32_t slot, std::uint32_t index) const;
   std::vector<std::pair<Region*, std::uint32_t>> recyclable(std::uint32_t slot);

@@ -61,6 +61,13 @@ std::vector<std::pair<Region*, std::uint32_t>> SlotSpace::recyclable(std::uint32
   return out;
 }
 
+std::vector<Address> SlotSpace::homes_of(std::span<const Need> needs) {
+  std::vector<Address> homes;
+  homes.reserve(needs.size());
+  for (const Need& need : needs) homes.push_back(need.region->address(need.slot, need.index));
+  return homes;
+}
+
 // Stale pages that come into use where they are.
 void SlotSpace::count_adopted(std::uint32_t slot, const Windows& before,
                               std::span<const Need> needs) {
@@ -94,7 +101,8 @@ void SlotSpace::grow(std::uint32_t slot, std::size_t tokens, Stream stream, Devi
       // A reference of our own keeps acquire() from reclaiming them meanwhile.
       PageRefs reused(*pool_);
       for (const auto& [region, index] : recycled) reused.share(region->at(slot, index));
-      const PageRefs fresh = pool_->acquire(needs.size() - recycled.size(), lock);
+      const PageRefs fresh =
+          pool_->acquire(homes_of(std::span(needs).subspan(recycled.size())), lock);
       Remap remap(*pool_, lost_);
       for (const auto& [region, index] : recycled) remap.set(*region, slot, index, kNoPage);
       bool copies = false;

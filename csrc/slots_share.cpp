@@ -12,9 +12,11 @@ Address Scratch::require(std::size_t bytes, DeviceLock& lock) {
   if (bytes <= this->bytes()) return reservation_ ? reservation_->base() : 0;
   const std::size_t page = pool_.page_bytes();
   const std::size_t n = (bytes + page - 1) / page;
-  PageRefs pages = pool_.acquire(n, lock);
   auto reservation =
       std::make_unique<Reservation>(pool_.driver_ptr(), n * page, pool_.driver().granularity());
+  std::vector<Address> homes;
+  for (std::size_t i = 0; i < n; ++i) homes.push_back(reservation->base() + i * page);
+  PageRefs pages = pool_.acquire(homes, lock);
   std::vector<PageHandle> handles;
   for (std::size_t i = 0; i < n; ++i) handles.push_back(pool_.handle(pages[i]));
   pool_.driver().map(reservation->base(), handles, page);
@@ -117,7 +119,7 @@ std::uint32_t SlotSpace::fork(std::uint32_t source, std::size_t tokens, Stream s
   try {
     if (child.fence) child.fence->order_before(stream);
     const std::vector<Need> needs = find_needs(slot, tokens);
-    const PageRefs fresh = pool_->acquire(needs.size(), lock);
+    const PageRefs fresh = pool_->acquire(homes_of(needs), lock);
     Remap remap(*pool_, lost_);
     for (Region& region : regions_) alias_prefix(remap, region, slot, source, tokens);
     for (std::size_t i = 0; i < needs.size(); ++i) {
@@ -276,7 +278,7 @@ void SlotSpace::remap_moves(const std::vector<Move>& moves, bool& copied, Stream
     const std::vector<Need> more = find_move_needs(move, aliased);
     needs.insert(needs.end(), more.begin(), more.end());
   }
-  const PageRefs fresh = pool_->acquire(needs.size(), lock);
+  const PageRefs fresh = pool_->acquire(homes_of(needs), lock);
   Remap remap(*pool_, lost_);
   for (const Move& move : moves) {
     for (Region& region : regions_) {
