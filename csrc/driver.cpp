@@ -77,6 +77,11 @@ void Driver::require_page_multiple(const char* what, std::size_t value,
   }
 }
 
+void Driver::require_page_size(std::size_t page_bytes) const {
+  if (page_bytes == 0) throw std::invalid_argument("page size 0; give a positive size");
+  require_page_multiple("page size", page_bytes, granularity());
+}
+
 Address Driver::reserve(std::size_t bytes, std::size_t alignment) {
   ensure_usable();
   if (bytes == 0) throw std::invalid_argument("cannot reserve 0 bytes; give a positive size");
@@ -98,8 +103,7 @@ void Driver::release(Address base, std::size_t bytes) {
 
 void Driver::create(std::span<PageHandle> out, std::size_t page_bytes, Address home) {
   ensure_usable();
-  require_page_multiple("page size", page_bytes, granularity());
-  if (page_bytes == 0) throw std::invalid_argument("page size 0; give a positive size");
+  require_page_size(page_bytes);
   if (out.empty()) return;
   Timer timer(*this, Op::kCreate);
   do_create(out, page_bytes, home);
@@ -110,6 +114,7 @@ std::size_t Driver::destroy(std::span<const PageHandle> pages, std::size_t page_
   std::size_t destroyed = 0;
   try {
     ensure_usable();
+    require_page_size(page_bytes);
     Timer timer(*this, Op::kDestroy);
     do_destroy(pages, page_bytes, destroyed);
   } catch (...) {
@@ -120,7 +125,7 @@ std::size_t Driver::destroy(std::span<const PageHandle> pages, std::size_t page_
 
 void Driver::map(Address base, std::span<const PageHandle> pages, std::size_t page_bytes) {
   ensure_usable();
-  require_page_multiple("page size", page_bytes, granularity());
+  require_page_size(page_bytes);
   require_page_multiple("map address", base, granularity());
   if (pages.empty()) return;
   Timer timer(*this, Op::kMap);

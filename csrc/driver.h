@@ -164,6 +164,7 @@ class Driver {
   virtual void do_stream_wait(Stream stream, EventHandle event) = 0;
   virtual void do_destroy_event(EventHandle event) noexcept = 0;
 
+  void require_page_size(std::size_t page_bytes) const;
   void require_page_multiple(const char* what, std::size_t value, std::size_t page_bytes) const;
 
   struct AtomicCount {

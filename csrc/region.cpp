@@ -60,6 +60,24 @@ Region::~Region() {
   }
 }
 
+bool Region::safe(PageId page) const noexcept {
+  const Content content = pool_->content(page);
+  return content == Content::kZero || content == finite(spec_.type_tag);
+}
+
+void Region::clean_adopted(std::uint32_t slot, PageWindow before, Stream stream) {
+  const PageWindow now = windows_[slot];
+  for (std::uint32_t run = 0; run < spec_.runs; ++run) {
+    for (std::uint32_t p = std::max(before.end, now.begin); p < now.end; ++p) {
+      const std::uint32_t index = run * pages_per_run_ + p;
+      const PageId id = at(slot, index);
+      if (id == kNoPage || pool_->live(id) > 1 || safe(id)) continue;
+      pool_->driver().fill(address(slot, index), 0, page_bytes_, stream);
+      pool_->set_content(id, finite(spec_.type_tag));
+    }
+  }
+}
+
 void Region::set_window(std::uint32_t slot, PageWindow window) {
   const PageWindow old = windows_[slot];
   if (old == window) return;
@@ -122,11 +140,11 @@ Remap::~Remap() {
   if (pending_) undo();
 }
 
-void Remap::set(Region& region, std::uint32_t slot, std::uint32_t index, PageId page) {
+void Remap::set(Region& region, std::uint32_t slot, std::uint32_t index, PageId page, Use use) {
   const PageId old = region.at(slot, index);
   if (old == page) return;
   unmaps_ = unmaps_ || old != kNoPage;
-  changes_.push_back({&region, slot, index, old, page});
+  changes_.push_back({&region, slot, index, old, page, use});
 }
 
 template <typename Visit>
@@ -204,8 +222,7 @@ void Remap::undo() noexcept {
 void Remap::clean(Stream stream) {
   stream_ = stream;
   const auto safe = [&](const Change& change) {
-    const Content content = pool_.content(change.new_page);
-    return content == Content::kZero || content == finite(change.region->spec().type_tag);
+    return change.use == Use::kShared || change.region->safe(change.new_page);
   };
   for_ranges(&Change::new_page, changes_.size(), [&](std::size_t first, std::size_t last) {
     for (std::size_t i = first; i < last;) {
@@ -227,7 +244,7 @@ void Remap::commit() {
   }
   for (const Change& change : changes_) {
     change.region->store(change.slot, change.index, change.new_page);
-    if (change.new_page != kNoPage) {
+    if (change.new_page != kNoPage && change.use == Use::kFresh) {
       pool_.set_content(change.new_page, finite(change.region->spec().type_tag));
     }
   }

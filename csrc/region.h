@@ -83,6 +83,10 @@ class Region {
   // Moves the window and declares pages live or stale accordingly. Entries of the new window that
   // are not mapped yet are left for Remap::commit().
   void set_window(std::uint32_t slot, PageWindow window);
+  // Whether a reader of the region's type can stand what the page holds, whatever it is.
+  bool safe(PageId page) const noexcept;
+  // Zeroes pages that a grown window found where they were, if they are not safe to read.
+  void clean_adopted(std::uint32_t slot, PageWindow before, Stream stream);
   // Unmaps stale entries [first, first + n) of one run, all of them mapped, and gives up their
   // pages. Returns how many pages became free.
   std::size_t unmap_stale(std::uint32_t slot, std::uint32_t first, std::uint32_t n);
@@ -120,8 +124,11 @@ class Remap {
   Remap(const Remap&) = delete;
   Remap& operator=(const Remap&) = delete;
 
-  // `page` will be mapped at the entry, in place of what is there now; kNoPage only unmaps.
-  void set(Region& region, std::uint32_t slot, std::uint32_t index, PageId page);
+  // `page` will be mapped at the entry, in place of what is there now; kNoPage only unmaps. A fresh
+  // page holds nothing that anybody wants; others are shared as they are.
+  enum class Use : std::uint8_t { kFresh, kShared };
+  void set(Region& region, std::uint32_t slot, std::uint32_t index, PageId page,
+           Use use = Use::kFresh);
   bool empty() const noexcept { return changes_.empty(); }
   bool unmaps() const noexcept { return unmaps_; }
 
@@ -136,6 +143,7 @@ class Remap {
     Region* region;
     std::uint32_t slot, index;
     PageId old_page, new_page;
+    Use use;
     Address address() const noexcept { return region->address(slot, index); }
   };
 

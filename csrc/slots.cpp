@@ -164,6 +164,19 @@ void SlotSpace::fence(Slot& slot, Stream stream) {
   slot.fence = std::make_shared<Fence>(pool_->driver_ptr(), stream);
 }
 
+// After a failure: what was submitted to the stream may still touch pages that become stale now.
+void SlotSpace::fence_off(Slot& slot, Stream stream) noexcept {
+  try {
+    fence(slot, stream);
+  } catch (...) {
+    try {
+      pool_->driver().synchronize(stream);
+    } catch (...) {
+      lost_ = true;
+    }
+  }
+}
+
 void SlotSpace::before_unmap(Slot& slot) {
   if (slot.fence) slot.fence->wait();
 }
@@ -297,6 +310,7 @@ std::size_t SlotSpace::drop_stale(std::uint32_t slot, std::size_t limit, bool on
 // Longest released first; of those, slots whose kernels have finished before any that must be
 // waited for. Stale pages of open slots come last: their owners are about to want them.
 std::size_t SlotSpace::reclaim(std::size_t pages, DeviceLock&) {
+  if (lost_) return 0;
   std::vector<std::uint32_t> order;
   for (std::uint32_t i = 0; i < slots(); ++i) {
     if (std::any_of(regions_.begin(), regions_.end(),

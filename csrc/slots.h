@@ -182,6 +182,7 @@ class SlotSpace final : public Reclaimer {
   void for_tails(std::size_t tokens, Visit visit) const;
 
   void fence(Slot& slot, Stream stream);
+  void fence_off(Slot& slot, Stream stream) noexcept;
   void before_unmap(Slot& slot);
   std::size_t drop_stale(std::uint32_t slot, std::size_t limit, bool only_freeing);
   void check_slot(std::uint32_t slot) const;

@@ -95,6 +95,9 @@ void SlotSpace::grow(std::uint32_t slot, std::size_t tokens, Stream stream, Devi
     if (s.fence) s.fence->order_before(stream);
     const std::vector<Need> needs = find_needs(slot, s.tokens);
     count_adopted(slot, before, needs);
+    for (std::size_t i = 0; i < regions_.size(); ++i) {
+      regions_[i].clean_adopted(slot, before[i], stream);
+    }
     if (!needs.empty()) {
       auto recycled = recyclable(slot);
       if (recycled.size() > needs.size()) recycled.resize(needs.size());
@@ -126,6 +129,7 @@ void SlotSpace::grow(std::uint32_t slot, std::size_t tokens, Stream stream, Devi
       totals_.pages_recycled += recycled.size();
     }
   } catch (...) {
+    fence_off(s, stream);
     set_windows(slot, before);
     throw;
   }
@@ -182,14 +186,10 @@ void SlotSpace::grow_all(std::span<const std::int32_t> slots, std::span<const st
       }
     }
   } catch (...) {
-    try {
-      for (auto it = grown.rbegin(); it != grown.rend(); ++it) {
-        fence(slots_[it->slot], stream);  // fresh pages may have been filled on the stream
-        set_windows(it->slot, it->windows);
-        slots_[it->slot].ready = it->ready;
-      }
-    } catch (const std::exception&) {
-      // Then those slots keep what was mapped for them, as after prepare(): nothing is lost.
+    for (auto it = grown.rbegin(); it != grown.rend(); ++it) {
+      fence_off(slots_[it->slot], stream);
+      set_windows(it->slot, it->windows);
+      slots_[it->slot].ready = it->ready;
     }
     throw;
   }

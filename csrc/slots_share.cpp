@@ -98,7 +98,7 @@ void SlotSpace::alias_prefix(Remap& remap, Region& region, std::uint32_t slot, s
   for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
     for (std::uint32_t p = region.window(slot).begin; p < full; ++p) {
       const std::uint32_t index = run * region.pages_per_run() + p;
-      remap.set(region, slot, index, region.at(source, index));
+      remap.set(region, slot, index, region.at(source, index), Remap::Use::kShared);
       ++totals_.pages_aliased;
     }
   }
@@ -119,6 +119,7 @@ std::uint32_t SlotSpace::fork(std::uint32_t source, std::size_t tokens, Stream s
   try {
     if (child.fence) child.fence->order_before(stream);
     const std::vector<Need> needs = find_needs(slot, tokens);
+    for (Region& region : regions_) region.clean_adopted(slot, {}, stream);
     const PageRefs fresh = pool_->acquire(homes_of(needs), lock);
     Remap remap(*pool_, lost_);
     for (Region& region : regions_) alias_prefix(remap, region, slot, source, tokens);
@@ -134,6 +135,7 @@ std::uint32_t SlotSpace::fork(std::uint32_t source, std::size_t tokens, Stream s
     remap.commit();
     totals_.pages_mapped += needs.size();
   } catch (...) {
+    fence_off(child, stream);
     set_windows(slot, Windows(regions_.size()));
     throw;
   }
@@ -318,7 +320,10 @@ void SlotSpace::assign(std::span<const std::int32_t> destinations,
   try {
     remap_moves(moves, copied, stream, lock);
   } catch (...) {
-    for (const Move& move : moves) set_windows(move.to, move.before);
+    for (const Move& move : moves) {
+      fence_off(slots_[move.to], stream);
+      set_windows(move.to, move.before);
+    }
     if (copied) restore_tails(moves, stream);
     throw;
   }
