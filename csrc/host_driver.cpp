@@ -323,7 +323,16 @@ void HostDriver::require_mapped(const char* call, Address base, std::size_t byte
   if (it != extents_.begin()) {
     --it;
     for (; it != extents_.end() && it->first <= reached && reached < base + bytes; ++it) {
-      reached = std::max(reached, it->first + it->second.bytes);
+      const Extent& extent = it->second;
+      const Address end = std::min(base + bytes, it->first + extent.bytes);
+      if (end <= reached) break;
+      if ((reached - it->first) % extent.page_bytes != 0 ||
+          (end - it->first) % extent.page_bytes != 0) {
+        throw std::invalid_argument(std::string(call) + " of " + range_text(base, bytes) +
+                                    " begins or ends inside a page of " +
+                                    std::to_string(extent.page_bytes) + " bytes; use whole pages");
+      }
+      reached = end;
     }
   }
   if (reached < base + bytes) {
@@ -380,14 +389,16 @@ void HostDriver::insert_extent(Address base, Extent extent) {
   if (next != extents_.begin()) {
     const auto previous = std::prev(next);
     if (previous->first + previous->second.bytes == base &&
-        previous->second.offset + previous->second.bytes == extent.offset) {
+        previous->second.offset + previous->second.bytes == extent.offset &&
+        previous->second.page_bytes == extent.page_bytes) {
       base = previous->first;
-      extent = {previous->second.bytes + extent.bytes, previous->second.offset};
+      extent = {previous->second.bytes + extent.bytes, previous->second.offset, extent.page_bytes};
       extents_.erase(previous);
     }
   }
   if (next != extents_.end() && next->first == base + extent.bytes &&
-      next->second.offset == extent.offset + extent.bytes) {
+      next->second.offset == extent.offset + extent.bytes &&
+      next->second.page_bytes == extent.page_bytes) {
     extent.bytes += next->second.bytes;
     extents_.erase(next);
   }
@@ -400,7 +411,7 @@ void HostDriver::split_extent_at(Address address) {
   --it;
   const std::size_t head = address - it->first;
   if (head == 0 || head >= it->second.bytes) return;
-  const Extent tail{it->second.bytes - head, it->second.offset + head};
+  const Extent tail{it->second.bytes - head, it->second.offset + head, it->second.page_bytes};
   it->second.bytes = head;
   extents_.emplace(address, tail);
 }
@@ -431,7 +442,7 @@ void HostDriver::do_map(Address base, std::span<const PageHandle> pages, std::si
       erase_extents(base, i * page_bytes);
       throw;
     }
-    insert_extent(at, {n * page_bytes, pages[i]});
+    insert_extent(at, {n * page_bytes, pages[i], page_bytes});
     i += n;
   }
 }

@@ -44,6 +44,7 @@ class HostDriver final : public Driver {
   struct Extent {
     std::size_t bytes;
     std::uint64_t offset;
+    std::size_t page_bytes;
   };
   using Extents = std::map<Address, Extent>;
   // Disjoint stretches of the memfd: offset to bytes. Neighbours are merged.
