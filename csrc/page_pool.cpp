@@ -5,14 +5,18 @@
 
 namespace vattn {
 
-void PageRefs::share(PageId id) {
-  ids_.push_back(id);
-  pool_->add_ref(id);
-}
-
 void PageRefs::clear() noexcept {
   for (const PageId id : ids_) pool_->drop_ref(id);
   ids_.clear();
+}
+
+PagePins::~PagePins() {
+  for (const PageId id : ids_) pool_.unpin(id);
+}
+
+void PagePins::add(PageId id) {
+  ids_.push_back(id);
+  pool_.pin(id);
 }
 
 namespace {
@@ -177,7 +181,7 @@ void PagePool::add_pages(std::span<const PageHandle> handles) {
       free_.reserve(pages_.size());
       vacant_.reserve(pages_.size());
     }
-    pages_[id] = {handle, 0, 0, content, true};
+    pages_[id] = {handle, 0, 0, 0, content, true};
     by_handle_.emplace(handle, id);
     free_.insert(id);
   }
@@ -298,6 +302,7 @@ void PagePool::check(const DeviceLock&) const {
     require(page.exists != vacant_.contains(id), "exists and vacant disagree", id);
     require(free_.contains(id) == (page.exists && page.refs == 0), "free list is wrong", id);
     require(page.live <= page.refs, "more live uses than references", id);
+    require(page.pins == 0, "pinned between operations", id);
     exist += page.exists;
     free += page.exists && page.refs == 0;
     stale += page.exists && page.refs > 0 && page.live == 0;

@@ -62,11 +62,26 @@ class PageRefs {
   std::size_t size() const noexcept { return ids_.size(); }
   PageId operator[](std::size_t i) const noexcept { return ids_[i]; }
   void adopt(PageId id) { ids_.push_back(id); }  // takes over a reference that the caller holds
-  void share(PageId id);                         // adds a reference of its own
   void clear() noexcept;
 
  private:
   PagePool* pool_ = nullptr;
+  std::vector<PageId> ids_;
+};
+
+// Pages that reclaim() must leave where they are while an operation has plans with them, though
+// nobody uses them for the moment. The device lock must be held on destruction.
+class PagePins {
+ public:
+  explicit PagePins(PagePool& pool) : pool_(pool) {}
+  ~PagePins();
+  PagePins(const PagePins&) = delete;
+  PagePins& operator=(const PagePins&) = delete;
+
+  void add(PageId id);
+
+ private:
+  PagePool& pool_;
   std::vector<PageId> ids_;
 };
 
@@ -106,6 +121,12 @@ class PagePool {
   // References and liveness of one page. A page with references but no live use is stale.
   void add_ref(PageId id) noexcept { ++at(id).refs; }
   void drop_ref(PageId id) noexcept;
+  void pin(PageId id) noexcept { ++at(id).pins; }
+  void unpin(PageId id) noexcept { --at(id).pins; }
+  // Whether a stale mapping of the page may be taken away in the hope of freeing it.
+  bool reclaimable(PageId id) const noexcept {
+    return pages_[id].live == 0 && pages_[id].pins == 0;
+  }
   void add_live(PageId id) noexcept;
   void drop_live(PageId id) noexcept;
   std::uint32_t refs(PageId id) const noexcept { return pages_[id].refs; }
@@ -140,6 +161,7 @@ class PagePool {
     PageHandle handle = 0;
     std::uint32_t refs = 0;
     std::uint32_t live = 0;
+    std::uint32_t pins = 0;
     Content content = Content::kDirty;
     bool exists = false;
   };

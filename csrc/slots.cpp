@@ -279,7 +279,7 @@ SlotSpace::Windows SlotSpace::windows_at(std::uint32_t source, std::size_t ancho
 // Giving back ------------------------------------------------------------------------------------
 
 // Unmaps up to `limit` stale pages of a slot, from the end of each run, whole stretches at a time.
-// With `only_freeing`, passes over pages that something else still holds.
+// With `only_freeing`, passes over pages that somebody uses elsewhere.
 std::size_t SlotSpace::drop_stale(std::uint32_t slot, std::size_t limit, bool only_freeing) {
   std::size_t freed = 0;
   bool waited = false;
@@ -288,7 +288,7 @@ std::size_t SlotSpace::drop_stale(std::uint32_t slot, std::size_t limit, bool on
     const PageWindow window = region.window(slot);
     const auto droppable = [&](std::uint32_t run, std::uint32_t p) {
       const PageId id = region.at(slot, run * region.pages_per_run() + p);
-      return id != kNoPage && !window.contains(p) && !(only_freeing && pool_->refs(id) > 1);
+      return id != kNoPage && !window.contains(p) && !(only_freeing && !pool_->reclaimable(id));
     };
     for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
       for (std::uint32_t end = region.top(slot); end > 0 && freed < limit;) {

@@ -172,7 +172,7 @@ class SlotSpace final : public Reclaimer {
   std::vector<Move> plan_moves(std::span<const std::int32_t> destinations,
                                std::span<const std::int32_t> sources);
   void stage_tails(std::vector<Move>& moves, Stream stream, DeviceLock& lock);
-  void share_sources(const std::vector<Move>& moves, PageRefs& held,
+  void share_sources(const std::vector<Move>& moves, PagePins& pins,
                      std::unordered_set<PageId>& aliased) const;
   std::vector<Need> find_move_needs(const Move& move, const std::unordered_set<PageId>& aliased);
   void remap_moves(const std::vector<Move>& moves, bool& copied, Stream stream, DeviceLock& lock);

@@ -101,19 +101,22 @@ void SlotSpace::grow(std::uint32_t slot, std::size_t tokens, Stream stream, Devi
     if (!needs.empty()) {
       auto recycled = recyclable(slot);
       if (recycled.size() > needs.size()) recycled.resize(needs.size());
-      // A reference of our own keeps acquire() from reclaiming them meanwhile.
-      PageRefs reused(*pool_);
-      for (const auto& [region, index] : recycled) reused.share(region->at(slot, index));
+      PagePins pins(*pool_);
+      for (const auto& [region, index] : recycled) pins.add(region->at(slot, index));
       const PageRefs fresh =
           pool_->acquire(homes_of(std::span(needs).subspan(recycled.size())), lock);
       Remap remap(*pool_, lost_);
-      for (const auto& [region, index] : recycled) remap.set(*region, slot, index, kNoPage);
       bool copies = false;
       for (std::size_t i = 0; i < needs.size(); ++i) {
-        const std::size_t from_fresh = i - reused.size();
-        remap.set(*needs[i].region, slot, needs[i].index,
-                  i < reused.size() ? reused[i] : fresh[from_fresh]);
-        copies = copies || needs[i].copy_bytes > 0;
+        const Need& need = needs[i];
+        copies = copies || need.copy_bytes > 0;
+        if (i < recycled.size()) {
+          const auto [region, index] = recycled[i];
+          remap.set(*need.region, slot, need.index, region->at(slot, index));
+          remap.set(*region, slot, index, kNoPage);
+        } else {
+          remap.set(*need.region, slot, need.index, fresh[i - recycled.size()]);
+        }
       }
       if (copies) Fence(pool_->driver_ptr(), stream).wait();  // live pages are about to move
       if (remap.unmaps()) before_unmap(s);

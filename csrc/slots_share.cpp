@@ -199,9 +199,9 @@ void SlotSpace::stage_tails(std::vector<Move>& moves, Stream stream, DeviceLock&
   }
 }
 
-// Holds every page that will be shared, and every page that a destination gives up, so that nothing
+// Pins every page that will be shared, and every page that a destination gives up, so that nothing
 // reclaims them while the tables change or before they are put back.
-void SlotSpace::share_sources(const std::vector<Move>& moves, PageRefs& held,
+void SlotSpace::share_sources(const std::vector<Move>& moves, PagePins& pins,
                               std::unordered_set<PageId>& aliased) const {
   for (const Move& move : moves) {
     for (std::size_t r = 0; r < regions_.size(); ++r) {
@@ -210,11 +210,11 @@ void SlotSpace::share_sources(const std::vector<Move>& moves, PageRefs& held,
       for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
         for (std::uint32_t p = move.after[r].begin; p < full; ++p) {
           const PageId id = region.at(move.from, run * region.pages_per_run() + p);
-          held.share(id);
+          pins.add(id);
           aliased.insert(id);
         }
         for (std::uint32_t p = move.before[r].begin; p < move.before[r].end; ++p) {
-          held.share(region.at(move.to, run * region.pages_per_run() + p));
+          pins.add(region.at(move.to, run * region.pages_per_run() + p));
         }
       }
     }
@@ -271,9 +271,9 @@ void SlotSpace::restore_tails(const std::vector<Move>& moves, Stream stream) noe
 
 void SlotSpace::remap_moves(const std::vector<Move>& moves, bool& copied, Stream stream,
                             DeviceLock& lock) {
-  PageRefs held(*pool_);
+  PagePins pins(*pool_);
   std::unordered_set<PageId> aliased;
-  share_sources(moves, held, aliased);
+  share_sources(moves, pins, aliased);
   for (const Move& move : moves) set_windows(move.to, move.after);
   std::vector<Need> needs;
   for (const Move& move : moves) {
