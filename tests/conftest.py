@@ -15,6 +15,7 @@ import pytest
 
 from tests.drivers import (
     DRIVERS,
+    Area,
     FakeMemory,
     GpuMemory,
     HostMemory,
@@ -37,16 +38,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
-def fake_cuda() -> Iterator[FakeCuda]:
-    """The fake libcuda with default settings. Asserts that no rule was broken and nothing leaked.
-
-    What a cuda driver holds while it lives (the context, events for reuse) is no leak here.
-    """
+def fake_cuda(request: pytest.FixtureRequest) -> Iterator[FakeCuda]:
+    """The fake libcuda with default settings. At the end: no rule broken, nothing leaked."""
     fake = FakeCuda(fake_library_path())
     fake.reset()
     yield fake
-    _collect_if(lambda: bool(_leaks(fake)))
-    violations, leaks = fake.violations(), _leaks(fake)
+    _forget_values(request)
+    _collect_if(lambda: fake.leaks() != [])
+    violations, leaks = fake.violations(), fake.leaks()
     fake.reset()
     assert violations == []
     assert leaks == []
@@ -68,9 +67,24 @@ def driver(driver_kind: str, request: pytest.FixtureRequest) -> Iterator[Driver]
     mapped_before = _host_mappings()
     driver = make_driver(driver_kind)
     yield driver
+    _forget_values(request)
     _collect_if(lambda: driver.physical_bytes() > 0)
     assert driver.physical_bytes() == 0
     assert _host_mappings() <= mapped_before
+
+
+@pytest.fixture
+def area(driver: Driver) -> Iterator[Area]:
+    page = 2 * driver.granularity()
+    area = Area(driver, driver.reserve(8 * page, page), driver.create(8, page), page, 8 * page)
+    yield area
+    for i in range(8):
+        try:
+            area.unmap(i, 1)
+        except ValueError:
+            continue  # not mapped
+    driver.destroy(area.pages, page)
+    driver.release(area.base, area.bytes)
 
 
 @pytest.fixture
@@ -84,9 +98,12 @@ def memory(driver_kind: str, driver: Driver, request: pytest.FixtureRequest) -> 
     memory.close()
 
 
-def _leaks(fake: FakeCuda) -> list[str]:
-    held_by_drivers = ("context of device", "events")
-    return [line for line in fake.leaks() if not any(held in line for held in held_by_drivers)]
+def _forget_values(request: pytest.FixtureRequest) -> None:
+    """Ends the fixtures' values that the test was given, drivers among them.
+
+    A driver that outlived its test would give back the context of the next one's.
+    """
+    request.node.funcargs.clear()
 
 
 def _collect_if(something_is_left: Callable[[], bool]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
@@ -46,6 +47,28 @@ def make_driver(kind: str) -> _core.Driver:
     if kind == "cuda":
         return _core.cuda_driver(libcuda=REAL_LIBCUDA)
     return _core.host_driver(strict=kind == "host_strict")
+
+
+@dataclass
+class Area:
+    """A reservation of eight pages and eight pages for it, both as large as two granules."""
+
+    driver: _core.Driver
+    base: int
+    pages: list[int]
+    page: int  # bytes
+    bytes: int
+
+    def at(self, i: int) -> int:
+        return self.base + i * self.page
+
+    def map(self, first: int, pages: list[int]) -> None:
+        """Maps with access."""
+        self.driver.map(self.at(first), pages, self.page)
+        self.driver.set_access(self.at(first), len(pages) * self.page)
+
+    def unmap(self, first: int, n: int) -> None:
+        self.driver.unmap(self.at(first), n * self.page)
 
 
 class Memory(Protocol):

@@ -1,66 +1,26 @@
-"""The contract of csrc/driver.h, on every driver: same results, same types of errors."""
+"""The contract of csrc/driver.h, on every driver: same results, same types of errors.
+
+This file is about memory; `test_driver_contract_work.py` about copies, streams, threads and forks.
+What only the cuda driver promises is in `test_cuda_driver.py` and `test_cuda_faults.py`.
+"""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import threading
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.drivers import make_driver
-from tests.fake_cuda.fake import ROOT
 from vattn import DriverError, OutOfPages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from tests.drivers import Memory
+    from tests.drivers import Area, Memory
     from vattn._core import Driver
 
 OPS = (
     *("reserve", "release", "create", "destroy", "map"),
     *("set_access", "unmap", "copy", "fill", "event"),
 )
-
-
-@dataclass
-class Area:
-    """A reservation of eight pages and eight pages for it, both as large as two granules."""
-
-    driver: Driver
-    base: int
-    pages: list[int]
-    page: int  # bytes
-    bytes: int
-
-    def at(self, i: int) -> int:
-        return self.base + i * self.page
-
-    def map(self, first: int, pages: list[int]) -> None:
-        """Maps with access."""
-        self.driver.map(self.at(first), pages, self.page)
-        self.driver.set_access(self.at(first), len(pages) * self.page)
-
-    def unmap(self, first: int, n: int) -> None:
-        self.driver.unmap(self.at(first), n * self.page)
-
-
-@pytest.fixture
-def area(driver: Driver) -> Iterator[Area]:
-    page = 2 * driver.granularity()
-    area = Area(driver, driver.reserve(8 * page, page), driver.create(8, page), page, 8 * page)
-    yield area
-    for i in range(8):
-        try:
-            area.unmap(i, 1)
-        except ValueError:
-            continue  # not mapped
-    driver.destroy(area.pages, page)
-    driver.release(area.base, area.bytes)
 
 
 def pattern(i: int, nbytes: int) -> bytes:
@@ -351,9 +311,9 @@ def test_off_the_granularity(driver: Driver, area: Area) -> None:
         driver.map(area.at(2) + off, area.pages[2:3], area.page)
     with pytest.raises(ValueError, match="multiple"):
         driver.map(area.at(2), area.pages[2:3], area.page + off)
-    for call in (driver.destroy, partial(driver.map, area.at(2))):
+    for sized in (driver.destroy, partial(driver.map, area.at(2))):
         with pytest.raises(ValueError, match="page size 0"):
-            call(area.pages[2:3], 0)
+            sized(area.pages[2:3], 0)
     for call in (driver.set_access, driver.unmap):
         with pytest.raises(ValueError, match="multiple"):
             call(area.base + off, area.page)
@@ -393,174 +353,3 @@ def test_unmap_twice(area: Area) -> None:
     area.unmap(0, 1)
     with pytest.raises(ValueError, match="not mapped"):
         area.unmap(0, 1)
-
-
-# Copies, streams and events.
-
-
-def test_fill_and_copy(driver: Driver, area: Area, memory: Memory) -> None:
-    area.map(0, area.pages[:4])
-    driver.fill(area.base, 7, 2 * area.page)
-    driver.fill(area.base + 3, 0, 5)
-    # Odd ends, over the edge of a page on both sides.
-    driver.copy(area.at(3) - 101, area.at(1) - 1001, 2003)
-    driver.copy(area.at(2), area.base, 9)
-    driver.synchronize()
-    assert memory.read(area.base, 10) == b"\x07\x07\x07\0\0\0\0\0\x07\x07"
-    assert memory.read(area.at(3) - 101, 2003) == b"\x07" * 2003
-    assert memory.read(area.at(2), 9) == b"\x07\x07\x07\0\0\0\0\0\x07"
-
-
-def test_copy_and_fill_of_nothing(driver: Driver, area: Area, memory: Memory) -> None:
-    area.map(0, area.pages[:1])
-    memory.write(area.base, b"as it was")
-    driver.copy(area.base, area.base, 0)
-    driver.fill(area.base, 1, 0)
-    driver.synchronize()
-    assert memory.read(area.base, 9) == b"as it was"
-
-
-@pytest.mark.parametrize(("dst", "src"), [(0, 0), (0, 99), (99, 0)])
-def test_overlapping_copy(driver: Driver, area: Area, dst: int, src: int) -> None:
-    area.map(0, area.pages[:1])
-    with pytest.raises(ValueError, match="overlapping"):
-        driver.copy(area.base + dst, area.base + src, 100)
-    driver.copy(area.base, area.base + 100, 100)  # side by side is not overlapping
-    driver.synchronize()
-
-
-def test_event_follows_the_work(driver: Driver, area: Area, memory: Memory) -> None:
-    area.map(0, area.pages[:1])
-    stream = driver.create_stream()
-    driver.fill(area.base, 9, area.page, stream)
-    event = driver.record(stream)
-    driver.wait(event)
-    assert driver.query(event)
-    assert memory.read(area.base, area.page) == b"\x09" * area.page
-    driver.destroy_event(event)
-    driver.destroy_stream(stream)
-
-
-def test_event_orders_streams(driver: Driver, area: Area, memory: Memory) -> None:
-    area.map(0, area.pages)
-    streams = [driver.create_stream() for _ in range(8)]
-    driver.fill(area.base, 5, area.page, streams[0])
-    for i in range(1, 8):
-        event = driver.record(streams[i - 1])
-        driver.stream_wait(streams[i], event)
-        driver.destroy_event(event)  # at once: what waits for it still does
-        driver.copy(area.at(i), area.at(i - 1), area.page, streams[i])
-    driver.synchronize(streams[7])
-    assert memory.read(area.at(7), area.page) == b"\x05" * area.page
-    for stream in streams:
-        driver.destroy_stream(stream)
-
-
-def test_no_event(driver: Driver) -> None:
-    assert driver.query(0)
-    driver.wait(0)
-    driver.stream_wait(0, 0)
-    driver.destroy_event(0)
-
-
-# Threads and processes.
-
-
-def test_threads_at_once(driver: Driver, memory: Memory) -> None:
-    """Every call from many threads: own ranges, shared driver."""
-    page = driver.granularity()
-    errors: list[BaseException] = []
-
-    def work(tag: int) -> None:
-        try:
-            stream = driver.create_stream()
-            for round_ in range(6):
-                base = driver.reserve(4 * page, page)
-                pages = driver.create(3, page)
-                driver.map(base, [*pages, pages[0]], page)
-                driver.set_access(base, 4 * page)
-                value = 16 * tag + round_
-                driver.fill(base, value, page, stream)
-                driver.copy(base + page, base, page, stream)
-                event = driver.record(stream)
-                driver.wait(event)
-                driver.destroy_event(event)
-                for i in (0, 1, 3):
-                    assert memory.read(base + i * page, 64) == bytes([value]) * 64
-                driver.unmap(base, 4 * page)
-                driver.destroy(pages, page)
-                driver.release(base, 4 * page)
-            driver.destroy_stream(stream)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work, args=(tag,)) for tag in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
-
-
-FORK = """
-import os, sys, threading
-from tests.drivers import make_driver
-from vattn import DriverError
-
-driver = make_driver(sys.argv[1])
-page = driver.granularity()
-base, pages = driver.reserve(page, page), driver.create(1, page)
-driver.map(base, pages, page)
-driver.set_access(base, page)
-driver.fill(base, 3, page)
-event = driver.record(0)
-
-def child():
-    global driver
-    assert not driver.usable()
-    calls = [
-        lambda: driver.reserve(page, page), lambda: driver.release(base, page),
-        lambda: driver.create(1, page), lambda: driver.destroy(pages, page),
-        lambda: driver.map(base, pages, page), lambda: driver.set_access(base, page),
-        lambda: driver.unmap(base, page), lambda: driver.copy(base, base + 64, 64),
-        lambda: driver.fill(base, 1, 1), lambda: driver.record(0), lambda: driver.query(event),
-        lambda: driver.wait(event), lambda: driver.stream_wait(0, event),
-    ]
-    for i, call in enumerate(calls):
-        try:
-            call()
-        except DriverError as error:
-            assert "fork" in str(error) and error.fatal, error
-        else:
-            raise AssertionError(f"call {i} did not raise")
-    driver.destroy_event(event)
-    driver = None  # the destructor must leave the parent's memory and device alone
-
-pid = os.fork()
-if pid == 0:
-    try:
-        child()
-    except BaseException as error:
-        print("child:", repr(error), flush=True)
-        os._exit(1)
-    os._exit(0)
-assert os.waitpid(pid, 0)[1] == 0
-driver.wait(event)
-driver.copy(base + page // 2, base, 64)
-driver.synchronize()
-driver.destroy_event(event)
-driver.unmap(base, page)
-driver.destroy(pages, page)
-driver.release(base, page)
-print("parent is fine")
-"""
-
-
-def test_child_of_a_fork_is_refused(driver_kind: str) -> None:
-    make_driver(driver_kind)  # fails here, with its own message, if it cannot be made at all
-    result = subprocess.run(
-        [sys.executable, "-c", FORK, driver_kind],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert "parent is fine" in result.stdout, result.stdout + result.stderr
-    assert result.returncode == 0, result.stderr

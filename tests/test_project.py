@@ -32,7 +32,7 @@ CSRC_LAYERS = (
     {"cuda_driver", "host_driver"},
     {"page_pool"},
     {"region"},
-    {"slots"},
+    {"slots", "dlpack_export"},
     {"mapper"},
     {"bindings"},
 )
