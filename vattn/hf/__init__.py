@@ -1,0 +1,1 @@
+"""Transformers models on virtual memory: :class:`~vattn.hf.cache.VirtualCache` for ``generate``."""
