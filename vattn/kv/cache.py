@@ -91,7 +91,7 @@ class KVCache:
         if pool is not None and (page_bytes, budget_bytes, strict) != (None, None, False):
             raise ValueError("page_bytes, budget_bytes and strict belong to the pool given")
         self.device = pool.device if pool is not None else torch.device(device)
-        default = DEFAULTS.get(self.device.type, DEFAULTS["cpu"])
+        defaults = DEFAULTS.get(self.device.type, DEFAULTS["cpu"])
         if kv_tile_tokens is None:
             kv_tile_tokens = DEFAULT_TILES.get(self.device.type, (1,))
         tiles = (kv_tile_tokens,) if isinstance(kv_tile_tokens, int) else tuple(kv_tile_tokens)
@@ -108,14 +108,14 @@ class KVCache:
             slots=max_seqs,
             max_tokens=max_tokens,
             page_bytes=size,
-            order=order or default.order,
-            layers_per_region=layers_per_region or default.layers_per_region,
+            order=order or defaults.order,
+            layers_per_region=layers_per_region or defaults.layers_per_region,
             tiles=tiles,
         )
         if pool is None:
             if budget_bytes is None:
-                free = default_budget_bytes(self.device.type, driver)
-                budget_bytes = min(self.layout.full_bytes, free)
+                default = default_budget_bytes(self.device.type, driver)
+                budget_bytes = min(self.layout.most_bytes, default)
             pool = PagePool(self.device, page_bytes=size, budget_bytes=budget_bytes, driver=driver)
         self.pool = pool
         self.max_seqs = max_seqs
@@ -431,5 +431,5 @@ def _int32(values: Int32Array | torch.Tensor | Sequence[int]) -> Int32Array:
             raise TypeError(
                 f"expected int32, got {values.dtype}; convert it once, outside the loop"
             )
-        return values
+        return np.ascontiguousarray(values)
     return np.asarray(values, dtype=np.int32)

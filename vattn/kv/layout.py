@@ -158,9 +158,18 @@ class Layout:
         return sum(r.slot_bytes for r in self.regions)
 
     @property
-    def full_bytes(self) -> int:
-        """Physical bytes of the cache if every slot were full: a budget beyond it is never used."""
+    def reserved_bytes(self) -> int:
+        """Virtual bytes of all slots."""
         return self.slots * self.slot_bytes
+
+    @property
+    def most_bytes(self) -> int:
+        """The most physical memory that the cache can use.
+
+        Every slot full, and a page per run and slot beside it: a reorder stages partial tails.
+        """
+        runs = sum(region.runs for region in self.regions)
+        return self.reserved_bytes + self.slots * runs * self.page_bytes
 
     def tensor(
         self, space: _core.SlotSpace, layer: int, which: Literal["k", "v"], *, flat: bool = False
@@ -192,8 +201,10 @@ class Layout:
             strides = strides[1:]
         code, bits = _DLPACK[spec.dtype]
         capsule = space.dlpack(index, offset, shape, strides, code, bits)
-        tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(capsule)
-        return tensor if tensor.dtype == spec.dtype else tensor.view(spec.dtype)
+        # A tensor made in inference mode could not be written outside of it, whoever asks first.
+        with torch.inference_mode(False):
+            tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(capsule)
+            return tensor if tensor.dtype == spec.dtype else tensor.view(spec.dtype)
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -299,9 +310,9 @@ def make_layout(
         tuple(tiles),
         page_bytes,
     )
-    if layout.full_bytes > _MAX_RESERVE:
+    if layout.reserved_bytes > _MAX_RESERVE:
         raise ValueError(
-            f"max_seqs={slots} x max_tokens={max_tokens} reserves {layout.full_bytes} bytes of "
+            f"max_seqs={slots} x max_tokens={max_tokens} reserves {layout.reserved_bytes} bytes of "
             f"addresses, beyond 2**46; lower one of them"
         )
     return layout

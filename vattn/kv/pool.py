@@ -49,8 +49,8 @@ def open_driver(device: torch.device, *, strict: bool = False) -> _core.Driver:
 
 
 def default_budget_bytes(device: str, driver: _core.Driver) -> int:
-    """The share of the device's free memory that a pool takes by default."""
-    return int(driver.memory_info()[0] * _DEFAULT_SHARE[device])
+    """``VATTN_BUDGET``, or the share of the device's free memory that a pool takes."""
+    return env_bytes("VATTN_BUDGET") or int(driver.memory_info()[0] * _DEFAULT_SHARE[device])
 
 
 class PagePool:
@@ -89,9 +89,7 @@ class PagePool:
         if ahead_bytes < 0:
             raise ValueError(f"ahead_bytes={ahead_bytes} must not be negative")
         if budget_bytes is None:
-            budget_bytes = env_bytes("VATTN_BUDGET") or default_budget_bytes(
-                self.device.type, driver
-            )
+            budget_bytes = default_budget_bytes(self.device.type, driver)
         self.driver = driver
         self.core = _core.PagePool(
             driver,
