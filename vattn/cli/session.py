@@ -168,7 +168,7 @@ class Session:
         if self._request.memory_map:
             report.print_map(self._console, cache.memory_map(), cache.kv.layout)
         if self._request.stats:
-            reserved = cache.kv.layout.full_bytes
+            reserved = cache.kv.layout.reserved_bytes
             report.print_figures(self._console, stats, self._generator.timing, reserved)
         return stats
 
