@@ -10,7 +10,7 @@ CMAKE := $(BIN)/cmake
 FAKE := build/fake_cuda/libfake_cuda.so
 
 CXX_FILES = $(wildcard $(addsuffix /*.cpp,$(CXX_DIRS)) $(addsuffix /*.h,$(CXX_DIRS)))
-CXX_DIRS := csrc allocator tests/fake_cuda tests/stress
+CXX_DIRS := csrc allocator bench/native tests/fake_cuda tests/stress
 NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 PACKAGING := pyproject.toml constraints.txt
 
@@ -99,6 +99,8 @@ gpu-check: $(STAMP_DEV)
 endif
 
 bench: $(STAMP_DEV)
+	$(CONFIGURE) -B build/bench
+	$(CMAKE) --build build/bench -j $(JOBS) --target vattn_ensure_bench
 	mkdir -p results
 	$(BIN)/python -m bench.vmm --json results/vmm.json
 	$(BIN)/python -m bench.cache --json results/cache.json
