@@ -116,13 +116,23 @@ void single(SlotSpace& space, std::int64_t slot, std::int64_t tokens, Stream str
   (space.*kCall)({&s, 1}, {&t, 1}, stream);
 }
 
+// Waits for kernels that still use the slots, which other threads may have to help along. The last
+// reference is Python's, or that of a job of the mapper, which has no GIL to release.
+void destroy_space(SlotSpace* space) {
+  std::optional<py::gil_scoped_release> release;
+  if (PyGILState_Check() != 0) release.emplace();
+  delete space;
+}
+
 void bind_space(py::module_& module) {
   py::class_<SlotSpace, std::shared_ptr<SlotSpace>>(module, "SlotSpace")
       .def(py::init([](std::shared_ptr<PagePool> pool, const std::vector<RegionSpec>& regions,
                        std::uint32_t slots, std::size_t max_tokens,
                        const std::vector<std::uint32_t>& tiles, bool keep_stale) {
-             return std::make_shared<SlotSpace>(
-                 std::move(pool), SpaceOptions{slots, max_tokens, regions, tiles, keep_stale});
+             return std::shared_ptr<SlotSpace>(
+                 new SlotSpace(std::move(pool),
+                               SpaceOptions{slots, max_tokens, regions, tiles, keep_stale}),
+                 &destroy_space);
            }),
            py::arg("pool"), py::kw_only(), py::arg("regions"), py::arg("slots"),
            py::arg("max_tokens"), py::arg("tiles"), py::arg("keep_stale") = true, NoGil())

@@ -24,6 +24,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 
 #include "errors.h"
 
@@ -177,7 +178,7 @@ class Driver {
   volatile const char* alive_ = nullptr;
 };
 
-// An event shared by everything that must wait for the same point of a stream.
+// An event shared by everything that must wait for the same point of a stream. Not thread-safe.
 class Fence {
  public:
   Fence(std::shared_ptr<Driver> driver, Stream stream)
@@ -187,9 +188,14 @@ class Fence {
   Fence& operator=(const Fence&) = delete;
 
   Stream stream() const noexcept { return stream_; }
-  bool done() { return event_ == 0 || driver_->query(event_); }
+  bool done() {
+    if (event_ != 0 && driver_->query(event_)) forget();
+    return event_ == 0;
+  }
   void wait() {
-    if (event_ != 0) driver_->wait(event_);
+    if (event_ == 0) return;
+    driver_->wait(event_);
+    forget();
   }
   // Orders later work of `stream` after this fence without blocking the thread.
   void order_before(Stream stream) {
@@ -197,6 +203,9 @@ class Fence {
   }
 
  private:
+  // What is done stays done: nobody asks the driver twice.
+  void forget() noexcept { driver_->destroy_event(std::exchange(event_, 0)); }
+
   std::shared_ptr<Driver> driver_;
   Stream stream_;
   EventHandle event_;

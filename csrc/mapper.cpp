@@ -87,7 +87,11 @@ void Mapper::loop() {
   std::unique_lock lock(s.mutex);
   for (;;) {
     s.work.wait(lock, [&] { return s.stopping || s.refill || !s.queue.empty(); });
-    if (s.queue.empty() && s.stopping) return;
+    if (s.queue.empty() && s.stopping) {
+      s.refill = false;  // a drain() must not wait for what will never be done
+      s.idle.notify_all();
+      return;
+    }
     s.busy = true;
     run_one(lock);
     s.busy = false;
@@ -110,7 +114,7 @@ void Mapper::run_one(std::unique_lock<std::mutex>& lock) {
     return;
   }
   {
-    const Job job = std::move(s.queue.front());
+    Job job = std::move(s.queue.front());
     s.queue.pop_front();
     lock.unlock();
     std::exception_ptr error;
@@ -119,6 +123,7 @@ void Mapper::run_one(std::unique_lock<std::mutex>& lock) {
     } catch (...) {
       error = std::current_exception();
     }
+    job.run = nullptr;  // what it holds is given up before anybody hears that it is done
     job.ticket->finish(std::move(error));
   }
   lock.lock();

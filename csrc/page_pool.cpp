@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 namespace vattn {
 
@@ -227,8 +228,13 @@ std::size_t PagePool::reclaim(std::size_t pages, DeviceLock& lock) {
 void PagePool::set_budget(std::size_t bytes) {
   const std::size_t pages = checked_budget_pages(bytes, page_bytes_);
   DeviceLock guard = lock();
-  budget_pages_ = pages;
-  settle(guard);
+  const std::size_t before = std::exchange(budget_pages_, pages);
+  try {
+    settle(guard);
+  } catch (...) {
+    budget_pages_ = before;
+    throw;
+  }
 }
 
 void PagePool::settle(DeviceLock& lock) {

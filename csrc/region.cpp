@@ -9,10 +9,13 @@ namespace vattn {
 
 Reservation::~Reservation() {
   if (!driver_->usable()) return;
-  try {
-    driver_->release(base_, bytes_);
-  } catch (const std::exception&) {
-    // Nobody to tell: the addresses stay reserved until the process ends, which harms nobody.
+  for (int tries = 2; tries > 0; --tries) {
+    try {
+      driver_->release(base_, bytes_);
+      return;
+    } catch (const std::exception&) {
+      // Nobody to tell. Refused twice, the addresses stay reserved until the process ends.
+    }
   }
 }
 
@@ -51,12 +54,24 @@ Region::~Region() {
             unmap_stale(slot, first + i, n);
             break;
           } catch (const std::exception&) {
-            // Tried once more; a driver that refuses twice is gone, and its memory with it.
+            // Tried once more, then page by page.
           }
         }
+        for (std::uint32_t j = first + i; j < first + i + n; ++j) abandon(slot, j);
         i += n + 1;
       }
     }
+  }
+}
+
+// The region ends, and nobody will use its addresses again. After a change that could not be undone an
+// entry may not be mapped, and a driver that refuses three times is gone: the pool has its page back.
+void Region::abandon(std::uint32_t slot, std::uint32_t index) noexcept {
+  if (at(slot, index) == kNoPage) return;
+  try {
+    unmap_stale(slot, index, 1);
+  } catch (const std::exception&) {
+    store(slot, index, kNoPage);
   }
 }
 
@@ -65,15 +80,19 @@ bool Region::safe(PageId page) const noexcept {
   return content == Content::kZero || content == finite(spec_.type_tag);
 }
 
-void Region::clean_adopted(std::uint32_t slot, PageWindow before, Stream stream) {
+void Region::clean_adopted(std::uint32_t slot, PageWindow before, std::size_t from,
+                           Stream stream) {
   const PageWindow now = windows_[slot];
+  const auto first = static_cast<std::uint32_t>(from / page_bytes_);
   for (std::uint32_t run = 0; run < spec_.runs; ++run) {
-    for (std::uint32_t p = std::max(before.end, now.begin); p < now.end; ++p) {
+    for (std::uint32_t p = std::max(first, now.begin); p < now.end; ++p) {
       const std::uint32_t index = run * pages_per_run_ + p;
       const PageId id = at(slot, index);
       if (id == kNoPage || pool_->live(id) > 1 || safe(id)) continue;
-      pool_->driver().fill(address(slot, index), 0, page_bytes_, stream);
-      pool_->set_content(id, finite(spec_.type_tag));
+      // Of a page that the slot's own tokens begin, only the rest.
+      const std::size_t kept = before.contains(p) && p == first ? from % page_bytes_ : 0;
+      pool_->driver().fill(address(slot, index) + kept, 0, page_bytes_ - kept, stream);
+      if (kept == 0) pool_->set_content(id, finite(spec_.type_tag));
     }
   }
 }
@@ -173,6 +192,9 @@ void Remap::map_range(PageId Change::* side, std::size_t first, std::size_t last
     pool_.driver().set_access(base, handles.size() * pool_.page_bytes());
   } catch (const DriverError& error) {
     if (!error.fatal()) unmap_range(first, last);
+    throw;
+  } catch (const OutOfPages&) {
+    unmap_range(first, last);
     throw;
   }
 }

@@ -85,8 +85,9 @@ class Region {
   void set_window(std::uint32_t slot, PageWindow window);
   // Whether a reader of the region's type can stand what the page holds, whatever it is.
   bool safe(PageId page) const noexcept;
-  // Zeroes pages that a grown window found where they were, if they are not safe to read.
-  void clean_adopted(std::uint32_t slot, PageWindow before, Stream stream);
+  // Zeroes what the slot takes over as it is from byte `from` of each run on, where that is not safe
+  // to read: pages that came into the window, and those of `before` beyond its own tokens.
+  void clean_adopted(std::uint32_t slot, PageWindow before, std::size_t from, Stream stream);
   // Unmaps stale entries [first, first + n) of one run, all of them mapped, and gives up their
   // pages. Returns how many pages became free.
   std::size_t unmap_stale(std::uint32_t slot, std::uint32_t first, std::uint32_t n);
@@ -99,6 +100,7 @@ class Region {
   // Stores `page` and moves the references; the window decides what is live.
   void store(std::uint32_t slot, std::uint32_t index, PageId page);
   void lower_top(std::uint32_t slot) noexcept;
+  void abandon(std::uint32_t slot, std::uint32_t index) noexcept;
 
   PagePool* pool_;
   RegionSpec spec_;

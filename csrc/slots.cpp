@@ -229,7 +229,7 @@ void SlotSpace::release(std::uint32_t slot, Stream stream) {
   s.anchor = s.tokens = s.ready = 0;
   s.released_at = ++clock_;
   try {
-    if (!keep_stale_) drop_stale(slot, SIZE_MAX, false);
+    if (!keep_stale_) drop_stale(slot, SIZE_MAX, Stale::kAll);
     if (pool_->over_budget(lock)) pool_->settle(lock);
   } catch (const DriverError& error) {
     // The sequence is released; giving its memory back is tried again by whoever needs it.
@@ -279,8 +279,7 @@ SlotSpace::Windows SlotSpace::windows_at(std::uint32_t source, std::size_t ancho
 // Giving back ------------------------------------------------------------------------------------
 
 // Unmaps up to `limit` stale pages of a slot, from the end of each run, whole stretches at a time.
-// With `only_freeing`, passes over pages that somebody uses elsewhere.
-std::size_t SlotSpace::drop_stale(std::uint32_t slot, std::size_t limit, bool only_freeing) {
+std::size_t SlotSpace::drop_stale(std::uint32_t slot, std::size_t limit, Stale which) {
   std::size_t freed = 0;
   bool waited = false;
   for (Region& region : regions_) {
@@ -288,7 +287,9 @@ std::size_t SlotSpace::drop_stale(std::uint32_t slot, std::size_t limit, bool on
     const PageWindow window = region.window(slot);
     const auto droppable = [&](std::uint32_t run, std::uint32_t p) {
       const PageId id = region.at(slot, run * region.pages_per_run() + p);
-      return id != kNoPage && !window.contains(p) && !(only_freeing && !pool_->reclaimable(id));
+      if (id == kNoPage || window.contains(p)) return false;
+      if (which == Stale::kSole && pool_->refs(id) > 1) return false;
+      return which == Stale::kAll || pool_->reclaimable(id);
     };
     for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
       for (std::uint32_t end = region.top(slot); end > 0 && freed < limit;) {
@@ -308,8 +309,11 @@ std::size_t SlotSpace::drop_stale(std::uint32_t slot, std::size_t limit, bool on
 }
 
 // Longest released first; of those, slots whose kernels have finished before any that must be
-// waited for. Stale pages of open slots come last: their owners are about to want them.
+// waited for, and pages that one slot holds before those that several do. Stale pages of open slots
+// come last: their owners are about to want them. More than asked is taken where it costs no more:
+// one call unmaps a stretch, and growing sequences ask for a page at a time.
 std::size_t SlotSpace::reclaim(std::size_t pages, DeviceLock&) {
+  constexpr std::size_t kStride = 8;
   if (lost_) return 0;
   std::vector<std::uint32_t> order;
   for (std::uint32_t i = 0; i < slots(); ++i) {
@@ -322,13 +326,19 @@ std::size_t SlotSpace::reclaim(std::size_t pages, DeviceLock&) {
     if (slots_[a].open != slots_[b].open) return slots_[b].open;
     return slots_[a].released_at < slots_[b].released_at;
   });
+  struct Pass {
+    Stale which;
+    bool wait;
+  };
   std::size_t freed = 0;
-  for (const bool wait : {false, true}) {
+  for (const Pass pass : {Pass{Stale::kSole, false}, Pass{Stale::kFreeable, false},
+                          Pass{Stale::kFreeable, true}}) {
     for (const std::uint32_t slot : order) {
       if (freed >= pages) return freed;
       Slot& s = slots_[slot];
-      if (!wait && s.fence && !s.fence->done()) continue;
-      freed += drop_stale(slot, pages - freed, true);
+      if (!pass.wait && s.fence && !s.fence->done()) continue;
+      const std::size_t left = pages - freed;
+      freed += drop_stale(slot, pass.wait ? left : std::max(left, kStride), pass.which);
     }
   }
   return freed;
@@ -336,7 +346,7 @@ std::size_t SlotSpace::reclaim(std::size_t pages, DeviceLock&) {
 
 std::size_t SlotSpace::trim() {
   DeviceLock lock = enter();
-  for (std::uint32_t slot = 0; slot < slots(); ++slot) drop_stale(slot, SIZE_MAX, false);
+  for (std::uint32_t slot = 0; slot < slots(); ++slot) drop_stale(slot, SIZE_MAX, Stale::kAll);
   if (scratch_.bytes() > 0) {
     if (scratch_fence_) scratch_fence_->wait();
     scratch_.clear();
@@ -348,10 +358,11 @@ void SlotSpace::mark_dirty(std::uint32_t slot) {
   const DeviceLock lock = enter();
   open_slot(slot);
   for (const Region& region : regions_) {
-    const PageWindow window = region.window(slot);
+    // Pages that its windows have left, too.
     for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
-      for (std::uint32_t p = window.begin; p < window.end; ++p) {
-        pool_->set_content(region.at(slot, run * region.pages_per_run() + p), Content::kDirty);
+      for (std::uint32_t p = 0; p < region.top(slot); ++p) {
+        const PageId id = region.at(slot, run * region.pages_per_run() + p);
+        if (id != kNoPage) pool_->set_content(id, Content::kDirty);
       }
     }
   }

@@ -122,6 +122,7 @@ class SlotSpace final : public Reclaimer {
     std::uint32_t generation = 0;
     bool open = false;
     std::uint64_t released_at = 0;
+    std::uint64_t step = 0;  // the latest ensure() that made it longer
     std::shared_ptr<Fence> fence;  // after it, nobody uses the slot's stale pages
   };
   struct Need {
@@ -135,6 +136,7 @@ class SlotSpace final : public Reclaimer {
     std::uint32_t to, from;
     std::size_t anchor, tokens;  // of `from`
     Windows before, after;       // of `to`
+    bool dirty;                  // the partial tails of `from` may hold non-finite values
     Address staged;              // the partial tails of `to`, by region and run
   };
 
@@ -158,6 +160,8 @@ class SlotSpace final : public Reclaimer {
   static std::vector<Address> homes_of(std::span<const Need> needs);
   void count_adopted(std::uint32_t slot, const Windows& before, std::span<const Need> needs);
   Address live_elsewhere(const Region& region, std::uint32_t slot, std::uint32_t index) const;
+  void order_after_readers(const Region& region, std::uint32_t slot, std::size_t from,
+                           Stream stream);
   std::vector<std::pair<Region*, std::uint32_t>> recyclable(std::uint32_t slot);
   bool leaves_pages(std::uint32_t slot, std::size_t anchor, std::size_t tokens) const;
   void leave_pages(std::uint32_t slot);
@@ -169,6 +173,8 @@ class SlotSpace final : public Reclaimer {
   std::size_t tail_bytes(const Region& region, std::size_t tokens) const noexcept;
   void copy(Address dst, Address src, std::size_t bytes, Stream stream);
 
+  bool tails_dirty(std::uint32_t slot, std::size_t tokens) const;
+  void mark_tails_dirty(std::uint32_t slot, std::size_t tokens);
   std::vector<Move> plan_moves(std::span<const std::int32_t> destinations,
                                std::span<const std::int32_t> sources);
   void stage_tails(std::vector<Move>& moves, Stream stream, DeviceLock& lock);
@@ -184,7 +190,12 @@ class SlotSpace final : public Reclaimer {
   void fence(Slot& slot, Stream stream);
   void fence_off(Slot& slot, Stream stream) noexcept;
   void before_unmap(Slot& slot);
-  std::size_t drop_stale(std::uint32_t slot, std::size_t limit, bool only_freeing);
+  enum class Stale : std::uint8_t {
+    kAll,
+    kFreeable,  // nobody uses the page elsewhere
+    kSole,      // and no other slot has it mapped
+  };
+  std::size_t drop_stale(std::uint32_t slot, std::size_t limit, Stale which);
   void check_slot(std::uint32_t slot) const;
 
   const std::shared_ptr<PagePool> pool_;
@@ -195,7 +206,7 @@ class SlotSpace final : public Reclaimer {
   std::vector<Slot> slots_;
   Scratch scratch_;
   std::shared_ptr<Fence> scratch_fence_;  // after it, nobody uses the scratch memory
-  std::uint64_t clock_ = 0;
+  std::uint64_t clock_ = 0, step_ = 0;
   bool lost_ = false;
   SpaceStats totals_;  // the counters of stats(); the rest is derived
 };

@@ -1,6 +1,7 @@
 // Growing sequences: which pages are needed, where they come from, and mapping them.
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "slots.h"
 
@@ -44,12 +45,32 @@ Address SlotSpace::live_elsewhere(const Region& region, std::uint32_t slot,
   throw InvariantError("a shared page of slot " + std::to_string(slot) + " has no other user");
 }
 
+// A page that the slot is about to write in place may be stale in slots whose kernels still read it:
+// the write comes after them.
+void SlotSpace::order_after_readers(const Region& region, std::uint32_t slot, std::size_t from,
+                                    Stream stream) {
+  const PageWindow window = region.window(slot);
+  const auto first = static_cast<std::uint32_t>(from / pool_->page_bytes());
+  for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
+    for (std::uint32_t p = std::max(window.begin, first); p < window.end; ++p) {
+      const std::uint32_t index = run * region.pages_per_run() + p;
+      const PageId id = region.at(slot, index);
+      if (id == kNoPage || pool_->live(id) > 1 || pool_->refs(id) == 1) continue;
+      for (std::uint32_t other = 0; other < slots(); ++other) {
+        if (other != slot && slots_[other].fence && region.at(other, index) == id) {
+          slots_[other].fence->order_before(stream);
+        }
+      }
+    }
+  }
+}
+
 // Pages of this slot that its windows have left behind, if no kernel can still be reading them.
 std::vector<std::pair<Region*, std::uint32_t>> SlotSpace::recyclable(std::uint32_t slot) {
   std::vector<std::pair<Region*, std::uint32_t>> out;
-  if (slots_[slot].fence && !slots_[slot].fence->done()) return out;
   for (Region& region : regions_) {
     if (region.spec().window_tokens == 0 || region.stale(slot) == 0) continue;
+    if (slots_[slot].fence && !slots_[slot].fence->done()) return out;
     for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
       for (std::uint32_t p = 0; p < region.window(slot).begin; ++p) {
         const std::uint32_t index = run * region.pages_per_run() + p;
@@ -86,17 +107,22 @@ void SlotSpace::grow(std::uint32_t slot, std::size_t tokens, Stream stream, Devi
   const Windows before = windows(slot);
   // Declaring first what the sequence will use protects what is mapped there already from being
   // reclaimed for its own sake.
+  // Where it begins stays: pages are left behind with a fence only, after the step that may read
+  // them has been submitted.
   for (std::size_t i = 0; i < regions_.size(); ++i) {
     const PageWindow wanted = window_of(regions_[i], s.anchor, tokens);
-    regions_[i].set_window(
-        slot, {std::max(before[i].begin, wanted.begin), std::max(before[i].end, wanted.end)});
+    const bool empty = before[i].begin == before[i].end;
+    regions_[i].set_window(slot, {empty ? wanted.begin : before[i].begin,
+                                  std::max(before[i].end, wanted.end)});
   }
   try {
     if (s.fence) s.fence->order_before(stream);
     const std::vector<Need> needs = find_needs(slot, s.tokens);
     count_adopted(slot, before, needs);
     for (std::size_t i = 0; i < regions_.size(); ++i) {
-      regions_[i].clean_adopted(slot, before[i], stream);
+      const std::size_t written = s.tokens * regions_[i].spec().token_bytes;
+      order_after_readers(regions_[i], slot, written, stream);
+      regions_[i].clean_adopted(slot, before[i], written, stream);
     }
     if (!needs.empty()) {
       auto recycled = recyclable(slot);
@@ -106,10 +132,12 @@ void SlotSpace::grow(std::uint32_t slot, std::size_t tokens, Stream stream, Devi
       const PageRefs fresh =
           pool_->acquire(homes_of(std::span(needs).subspan(recycled.size())), lock);
       Remap remap(*pool_, lost_);
-      bool copies = false;
+      bool moves_live = false;
       for (std::size_t i = 0; i < needs.size(); ++i) {
         const Need& need = needs[i];
-        copies = copies || need.copy_bytes > 0;
+        const auto r = static_cast<std::size_t>(need.region - regions_.data());
+        moves_live = moves_live || (need.region->at(slot, need.index) != kNoPage &&
+                                    before[r].contains(need.index % need.region->pages_per_run()));
         if (i < recycled.size()) {
           const auto [region, index] = recycled[i];
           remap.set(*need.region, slot, need.index, region->at(slot, index));
@@ -118,7 +146,8 @@ void SlotSpace::grow(std::uint32_t slot, std::size_t tokens, Stream stream, Devi
           remap.set(*need.region, slot, need.index, fresh[i - recycled.size()]);
         }
       }
-      if (copies) Fence(pool_->driver_ptr(), stream).wait();  // live pages are about to move
+      // Kernels of this stream may still read what the sequence has there now.
+      if (moves_live) Fence(pool_->driver_ptr(), stream).wait();
       if (remap.unmaps()) before_unmap(s);
       remap.execute();
       remap.clean(stream);
@@ -127,7 +156,17 @@ void SlotSpace::grow(std::uint32_t slot, std::size_t tokens, Stream stream, Devi
           copy(need.region->address(slot, need.index), need.copy_from, need.copy_bytes, stream);
         }
       }
+      std::vector<const Need*> dirty;
+      for (const Need& need : needs) {
+        if (need.copy_bytes > 0 &&
+            pool_->content(need.region->at(slot, need.index)) == Content::kDirty) {
+          dirty.push_back(&need);
+        }
+      }
       remap.commit();
+      for (const Need* need : dirty) {
+        pool_->set_content(need->region->at(slot, need->index), Content::kDirty);
+      }
       totals_.pages_mapped += needs.size();
       totals_.pages_recycled += recycled.size();
     }
@@ -197,11 +236,13 @@ void SlotSpace::grow_all(std::span<const std::int32_t> slots, std::span<const st
     throw;
   }
   if (!advance) return;
+  ++step_;
   for (std::size_t i = 0; i < slots.size(); ++i) {
     Slot& s = slots_[static_cast<std::uint32_t>(slots[i])];
     const auto wanted = static_cast<std::size_t>(tokens[i]);
     if (wanted <= s.tokens) continue;
-    s.anchor = s.tokens;
+    // A slot that is named twice has one first query.
+    if (std::exchange(s.step, step_) != step_) s.anchor = s.tokens;
     s.tokens = wanted;
   }
   if (!left) return;

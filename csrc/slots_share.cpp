@@ -69,6 +69,21 @@ void SlotSpace::for_tails(std::size_t tokens, Visit visit) const {
   }
 }
 
+// What a partial tail holds, its copy holds too.
+bool SlotSpace::tails_dirty(std::uint32_t slot, std::size_t tokens) const {
+  bool dirty = false;
+  for_tails(tokens, [&](const Region& region, std::uint32_t index, std::size_t) {
+    dirty = dirty || pool_->content(region.at(slot, index)) == Content::kDirty;
+  });
+  return dirty;
+}
+
+void SlotSpace::mark_tails_dirty(std::uint32_t slot, std::size_t tokens) {
+  for_tails(tokens, [&](const Region& region, std::uint32_t index, std::size_t) {
+    pool_->set_content(region.at(slot, index), Content::kDirty);
+  });
+}
+
 // The free slot whose stale pages agree longest with the prefix of `source`, so that least is
 // remapped; among equals, the best fit.
 std::uint32_t SlotSpace::pick_for_prefix(std::uint32_t source, std::size_t tokens) const {
@@ -119,7 +134,11 @@ std::uint32_t SlotSpace::fork(std::uint32_t source, std::size_t tokens, Stream s
   try {
     if (child.fence) child.fence->order_before(stream);
     const std::vector<Need> needs = find_needs(slot, tokens);
-    for (Region& region : regions_) region.clean_adopted(slot, {}, stream);
+    for (Region& region : regions_) {
+      const std::size_t written = tokens * region.spec().token_bytes;
+      order_after_readers(region, slot, written, stream);
+      region.clean_adopted(slot, {}, written, stream);
+    }
     const PageRefs fresh = pool_->acquire(homes_of(needs), lock);
     Remap remap(*pool_, lost_);
     for (Region& region : regions_) alias_prefix(remap, region, slot, source, tokens);
@@ -133,6 +152,7 @@ std::uint32_t SlotSpace::fork(std::uint32_t source, std::size_t tokens, Stream s
       copy(region.address(slot, index), region.address(source, index), bytes, stream);
     });
     remap.commit();
+    if (tails_dirty(source, tokens)) mark_tails_dirty(slot, tokens);
     totals_.pages_mapped += needs.size();
   } catch (...) {
     fence_off(child, stream);
@@ -172,7 +192,8 @@ std::vector<SlotSpace::Move> SlotSpace::plan_moves(std::span<const std::int32_t>
     }
     if (to == source) continue;
     moves.push_back({to, source, from.anchor, from.tokens, windows(to),
-                     windows_at(source, from.anchor, from.tokens), 0});
+                     windows_at(source, from.anchor, from.tokens),
+                     tails_dirty(source, from.tokens), 0});
   }
   return moves;
 }
@@ -221,18 +242,23 @@ void SlotSpace::share_sources(const std::vector<Move>& moves, PagePins& pins,
   }
 }
 
-// As find_needs(), and besides the pages that another row of the same reorder is about to share.
+// As find_needs(), and besides: pages that another row of the same reorder is about to share; pages
+// that may not be finite, since another row may still want what they hold; a page of the old sequence
+// that would be written and is not staged, since it could not be put back.
 std::vector<SlotSpace::Need> SlotSpace::find_move_needs(const Move& move,
                                                         const std::unordered_set<PageId>& aliased) {
   std::vector<Need> needs = find_needs(move.to, move.tokens);
   for (Region& region : regions_) {
     const PageWindow window = region.window(move.to);
     const auto full = static_cast<std::uint32_t>(full_pages(region, move.tokens));
+    const bool writes_tokens = tail_bytes(region, move.tokens) > 0 &&
+                               full < full_pages(region, slots_[move.to].tokens);
     for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
       for (std::uint32_t p = std::max(window.begin, full); p < window.end; ++p) {
         const std::uint32_t index = run * region.pages_per_run() + p;
         const PageId id = region.at(move.to, index);
-        if (id != kNoPage && pool_->live(id) == 1 && aliased.contains(id)) {
+        if (id == kNoPage || pool_->live(id) > 1) continue;  // found already
+        if (aliased.contains(id) || !region.safe(id) || (p == full && writes_tokens)) {
           needs.push_back({&region, move.to, index, 0, 0});
         }
       }
@@ -279,6 +305,10 @@ void SlotSpace::remap_moves(const std::vector<Move>& moves, bool& copied, Stream
   for (const Move& move : moves) {
     const std::vector<Need> more = find_move_needs(move, aliased);
     needs.insert(needs.end(), more.begin(), more.end());
+    for (const Region& region : regions_) {
+      const std::size_t written = move.tokens * region.spec().token_bytes;
+      order_after_readers(region, move.to, written, stream);
+    }
   }
   const PageRefs fresh = pool_->acquire(homes_of(needs), lock);
   Remap remap(*pool_, lost_);
@@ -300,6 +330,9 @@ void SlotSpace::remap_moves(const std::vector<Move>& moves, bool& copied, Stream
   copy_tails(moves, stream);
   auto fence = std::make_shared<Fence>(pool_->driver_ptr(), stream);
   remap.commit();
+  for (const Move& move : moves) {
+    if (move.dirty) mark_tails_dirty(move.to, move.tokens);
+  }
   totals_.pages_mapped += needs.size();
   scratch_fence_ = fence;
   for (const Move& move : moves) slots_[move.to].fence = fence;
@@ -315,16 +348,15 @@ void SlotSpace::assign(std::span<const std::int32_t> destinations,
       if (slots_[slot].fence) slots_[slot].fence->order_before(stream);
     }
   }
-  stage_tails(moves, stream, lock);
   bool copied = false;
   try {
+    stage_tails(moves, stream, lock);
     remap_moves(moves, copied, stream, lock);
   } catch (...) {
-    for (const Move& move : moves) {
-      fence_off(slots_[move.to], stream);
-      set_windows(move.to, move.before);
-    }
+    for (const Move& move : moves) set_windows(move.to, move.before);
     if (copied) restore_tails(moves, stream);
+    for (const Move& move : moves) fence_off(slots_[move.to], stream);
+    scratch_fence_ = slots_[moves.front().to].fence;
     throw;
   }
   for (const Move& move : moves) {
