@@ -5,6 +5,13 @@
 
 namespace vattn {
 
+// What waits for the device lock must not hold the GIL: its holder may be in a long driver call.
+template <typename Work>
+auto without_gil(Work work) {
+  const pybind11::gil_scoped_release release;
+  return work();
+}
+
 void bind_errors(pybind11::module_& module);
 void bind_driver(pybind11::module_& module);
 void bind_cache(pybind11::module_& module);

@@ -15,12 +15,12 @@ namespace {
 
 using Int32Array = py::array_t<std::int32_t, py::array::c_style>;
 
-std::span<const std::int32_t> span_of(const Int32Array& array) {
+std::vector<std::int32_t> values_of(const Int32Array& array) {
   if (array.ndim() != 1) {
     throw std::invalid_argument("slots and lengths are one-dimensional int32 arrays; got " +
                                 std::to_string(array.ndim()) + " dimensions");
   }
-  return {array.data(), static_cast<std::size_t>(array.shape(0))};
+  return {array.data(), array.data() + array.shape(0)};
 }
 
 std::int32_t to_int32(std::int64_t value, const char* what) {
@@ -32,11 +32,7 @@ std::int32_t to_int32(std::int64_t value, const char* what) {
 }
 
 py::dict space_stats(SlotSpace& space) {
-  SpaceStats s;
-  {
-    const py::gil_scoped_release release;
-    s = space.stats();
-  }
+  const SpaceStats s = without_gil([&] { return space.stats(); });
   py::dict out;
   out["open_slots"] = s.open_slots;
   out["tokens"] = s.tokens;
@@ -92,8 +88,7 @@ std::shared_ptr<Ticket> prepare_async(std::shared_ptr<SlotSpace> space, Mapper& 
   if (mapper.pool().get() != &space->pool()) {
     throw std::invalid_argument("the mapper belongs to another pool than the cache");
   }
-  const auto s = span_of(slots), t = span_of(tokens);
-  std::vector<std::int32_t> slot_list(s.begin(), s.end()), token_list(t.begin(), t.end());
+  std::vector<std::int32_t> slot_list = values_of(slots), token_list = values_of(tokens);
   const py::gil_scoped_release release;
   return mapper.submit([space = std::move(space), slot_list = std::move(slot_list),
                         token_list = std::move(token_list),
@@ -105,7 +100,8 @@ using BatchCall = void (SlotSpace::*)(std::span<const std::int32_t>, std::span<c
 
 template <BatchCall kCall>
 void batch(SlotSpace& space, const Int32Array& first, const Int32Array& second, Stream stream) {
-  const auto a = span_of(first), b = span_of(second);
+  // Copies: without the GIL another thread may write to the caller's arrays.
+  const std::vector<std::int32_t> a = values_of(first), b = values_of(second);
   const py::gil_scoped_release release;
   (space.*kCall)(a, b, stream);
 }
@@ -120,7 +116,7 @@ void single(SlotSpace& space, std::int64_t slot, std::int64_t tokens, Stream str
 // reference is Python's, or that of a job of the mapper, which has no GIL to release.
 void destroy_space(SlotSpace* space) {
   std::optional<py::gil_scoped_release> release;
-  if (PyGILState_Check() != 0) release.emplace();
+  if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) release.emplace();
   delete space;
 }
 
@@ -164,13 +160,15 @@ void bind_space(py::module_& module) {
       .def(
           "page_states",
           [](SlotSpace& space, std::uint32_t slot, std::uint32_t region) {
-            return page_array<std::uint8_t>(space, region, space.page_states(slot, region));
+            return page_array<std::uint8_t>(
+                space, region, without_gil([&] { return space.page_states(slot, region); }));
           },
           py::arg("slot"), py::arg("region"))
       .def(
           "page_ids",
           [](SlotSpace& space, std::uint32_t slot, std::uint32_t region) {
-            return page_array<std::uint32_t>(space, region, space.page_ids(slot, region));
+            return page_array<std::uint32_t>(
+                space, region, without_gil([&] { return space.page_ids(slot, region); }));
           },
           py::arg("slot"), py::arg("region"))
       .def(

@@ -41,7 +41,7 @@ std::vector<PageHandle> create_pages(Driver& driver, std::size_t n, std::size_t 
 }
 
 py::dict pool_stats(PagePool& pool) {
-  const PoolStats s = pool.stats();
+  const PoolStats s = without_gil([&] { return pool.stats(); });
   const std::size_t page = s.page_bytes;
   py::dict out;
   out["page_bytes"] = page;

@@ -27,6 +27,13 @@ class OutOfSlots : public OutOfPages {
   using OutOfPages::OutOfPages;
 };
 
+// The operating system allows no further mappings, whatever memory is left. Unmapping what is stale
+// helps.
+class OutOfMappings : public OutOfPages {
+ public:
+  using OutOfPages::OutOfPages;
+};
+
 // A driver call failed for a reason other than memory. `fatal()` says that the device's context is
 // lost (an illegal address in an earlier kernel, say): no later call can succeed.
 class DriverError : public std::runtime_error {

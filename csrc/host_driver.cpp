@@ -58,22 +58,48 @@ MemoryInfo machine_memory() {
   return {available, total};
 }
 
-// The limit of this process's control group, version 2 or 1, or "none".
-MemoryInfo cgroup_memory() {
-  constexpr std::size_t kNone = std::numeric_limits<std::size_t>::max();
-  struct Files {
-    const char* limit;
-    const char* usage;
-  };
-  for (const Files& files : {Files{"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"},
-                             Files{"/sys/fs/cgroup/memory/memory.limit_in_bytes",
-                                   "/sys/fs/cgroup/memory/memory.usage_in_bytes"}}) {
-    const std::size_t limit = read_number(files.limit, kNone);
-    if (limit == kNone) continue;
-    const std::size_t usage = read_number(files.usage, 0);
-    return {limit > usage ? limit - usage : 0, limit};
+constexpr std::size_t kNoLimit = std::numeric_limits<std::size_t>::max();
+
+// What a control group and those above it leave to this process. `root` is where their files are,
+// `path` the group's name below it.
+MemoryInfo group_memory(const std::string& root, std::string path, const char* limit_file,
+                        const char* usage_file) {
+  MemoryInfo least{kNoLimit, kNoLimit};
+  for (;;) {
+    const std::string folder = root + path + "/";
+    const std::size_t limit = read_number((folder + limit_file).c_str(), kNoLimit);
+    if (limit < kNoLimit) {
+      const std::size_t usage = read_number((folder + usage_file).c_str(), 0);
+      least.free_bytes = std::min(least.free_bytes, limit > usage ? limit - usage : 0);
+      least.total_bytes = std::min(least.total_bytes, limit);
+    }
+    if (path.empty()) return least;
+    path.resize(path.find_last_of('/'));
   }
-  return {kNone, kNone};
+}
+
+// By the control groups of this process, versions 2 and 1. In a container the names may be those
+// outside of it: the root of what is visible counts in any case.
+MemoryInfo cgroup_memory() {
+  MemoryInfo least{kNoLimit, kNoLimit};
+  std::ifstream file("/proc/self/cgroup");
+  for (std::string line; std::getline(file, line);) {
+    const std::size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (first == std::string::npos || second == std::string::npos) continue;
+    const std::string controllers = line.substr(first + 1, second - first - 1);
+    std::string path = line.substr(second + 1);
+    if (path == "/" || path.empty() || path.front() != '/') path.clear();
+    MemoryInfo found{kNoLimit, kNoLimit};
+    if (controllers.empty()) {
+      found = group_memory("/sys/fs/cgroup", path, "memory.max", "memory.current");
+    } else if (("," + controllers + ",").find(",memory,") != std::string::npos) {
+      found = group_memory("/sys/fs/cgroup/memory", path, "memory.limit_in_bytes",
+                           "memory.usage_in_bytes");
+    }
+    least.free_bytes = std::min(least.free_bytes, found.free_bytes);
+    least.total_bytes = std::min(least.total_bytes, found.total_bytes);
+  }
+  return least;
 }
 
 }  // namespace
@@ -90,6 +116,7 @@ HostDriver::~HostDriver() {
   // Pages live in the memfd and die with its last mapping. In a forked child the ranges were never
   // inherited, so there the addresses may belong to somebody else by now.
   if (usable()) {
+    process_mappings() -= mappings_around(0, SIZE_MAX);
     for (const auto& [base, it] : reservations_) ::munmap(pointer(base), it.bytes);
   }
   if (fd_ >= 0) ::close(fd_);
@@ -341,21 +368,34 @@ void HostDriver::require_mapped(const char* call, Address base, std::size_t byte
   }
 }
 
-// Each extent is one mapping of the kernel, and so is each hole between two.
-void HostDriver::require_mappings_left(std::size_t more) const {
-  const std::size_t most = 2 * (extents_.size() + more) + reservations_.size();
-  if (most <= map_limit_) return;
-  std::size_t exact = extents_.size() + reservations_.size();
-  for (auto it = extents_.begin(); it != extents_.end();) {
-    const Address end = it->first + it->second.bytes;
-    ++it;
-    exact += it == extents_.end() || it->first != end ? 1 : 0;
+// The kernel's mappings of the extents that touch a range and of the one before: an extent is one,
+// and so is the hole behind it if there is one.
+std::size_t HostDriver::mappings_around(Address base, std::size_t bytes) const {
+  auto it = extents_.lower_bound(base);
+  if (it != extents_.begin()) --it;
+  std::size_t total = 0;
+  for (; it != extents_.end() && it->first <= base + bytes; ++it) {
+    const auto next = std::next(it);
+    const bool hole = next == extents_.end() || next->first != it->first + it->second.bytes;
+    total += hole ? 2 : 1;
   }
-  if (exact + 2 * more <= map_limit_) return;
-  throw OutOfPages("this process is about to pass vm.max_map_count (" + std::to_string(exact) +
-                   " of " + std::to_string(map_limit_) +
-                   " mappings in use); use larger pages (page_bytes), fewer sequences, or raise "
-                   "the limit: sysctl -w vm.max_map_count=1048576");
+  return total;
+}
+
+void HostDriver::require_mappings_left(std::size_t more) const {
+  const std::size_t taken = process_mappings().load(std::memory_order_relaxed);
+  if (taken + 2 * more <= map_limit_) return;
+  throw OutOfMappings(
+      "this process is about to pass vm.max_map_count (" + std::to_string(taken) + " of " +
+      std::to_string(map_limit_) +
+      " mappings in use by caches); use larger pages (page_bytes), order=\"token\", "
+      "fewer sequences, or raise the limit: sysctl -w vm.max_map_count=1048576");
+}
+
+// The limit is the process's, and so is the count, over all drivers.
+std::atomic<std::size_t>& HostDriver::process_mappings() {
+  static std::atomic<std::size_t> count{0};
+  return count;
 }
 
 void HostDriver::map_extent(Address base, std::size_t bytes, std::uint64_t offset) {
@@ -365,8 +405,9 @@ void HostDriver::map_extent(Address base, std::size_t bytes, std::uint64_t offse
   if (::mmap(pointer(base), bytes, protection, MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd_,
              static_cast<off_t>(offset)) == MAP_FAILED) {
     if (errno == ENOMEM) {
-      throw OutOfPages("the kernel refused to map " + std::to_string(bytes) +
-                       " bytes (vm.max_map_count or memory); use larger pages or fewer sequences");
+      throw OutOfMappings(
+          "the kernel refused to map " + std::to_string(bytes) +
+          " bytes (vm.max_map_count or memory); use larger pages or fewer sequences");
     }
     throw_errno("mmap", errno, range_text(base, bytes));
   }
@@ -385,6 +426,9 @@ void HostDriver::clear_range(Address base, std::size_t bytes) {
 }
 
 void HostDriver::insert_extent(Address base, Extent extent) {
+  const std::size_t inserted_bytes = extent.bytes;
+  const Address at = base;
+  const std::size_t before = mappings_around(at, inserted_bytes);
   auto next = extents_.lower_bound(base);
   if (next != extents_.begin()) {
     const auto previous = std::prev(next);
@@ -392,7 +436,8 @@ void HostDriver::insert_extent(Address base, Extent extent) {
         previous->second.offset + previous->second.bytes == extent.offset &&
         previous->second.page_bytes == extent.page_bytes) {
       base = previous->first;
-      extent = {previous->second.bytes + extent.bytes, previous->second.offset, extent.page_bytes};
+      extent.bytes += previous->second.bytes;
+      extent.offset = previous->second.offset;
       extents_.erase(previous);
     }
   }
@@ -403,6 +448,7 @@ void HostDriver::insert_extent(Address base, Extent extent) {
     extents_.erase(next);
   }
   extents_.emplace(base, extent);
+  process_mappings() += mappings_around(at, inserted_bytes) - before;
 }
 
 void HostDriver::split_extent_at(Address address) {
@@ -417,9 +463,11 @@ void HostDriver::split_extent_at(Address address) {
 }
 
 void HostDriver::erase_extents(Address base, std::size_t bytes) {
+  const std::size_t before = mappings_around(base, bytes);
   split_extent_at(base);
   split_extent_at(base + bytes);
   extents_.erase(extents_.lower_bound(base), extents_.lower_bound(base + bytes));
+  process_mappings() += mappings_around(base, bytes) - before;
 }
 
 void HostDriver::do_map(Address base, std::span<const PageHandle> pages, std::size_t page_bytes) {
@@ -438,8 +486,12 @@ void HostDriver::do_map(Address base, std::span<const PageHandle> pages, std::si
     try {
       map_extent(at, n * page_bytes, pages[i]);
     } catch (...) {
-      clear_range(base, (i + n) * page_bytes);
       erase_extents(base, i * page_bytes);
+      try {
+        clear_range(base, (i + n) * page_bytes);
+      } catch (const DriverError&) {
+        // What stays mapped there, the next map replaces: the extents say what counts.
+      }
       throw;
     }
     insert_extent(at, {n * page_bytes, pages[i], page_bytes});

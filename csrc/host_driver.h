@@ -79,6 +79,8 @@ class HostDriver final : public Driver {
   void require_unmapped(Address base, std::size_t bytes) const;
   void require_created(const char* call, PageHandle page, std::size_t bytes) const;
   void require_mappings_left(std::size_t more) const;
+  std::size_t mappings_around(Address base, std::size_t bytes) const;
+  static std::atomic<std::size_t>& process_mappings();
 
   std::uint64_t take_offsets(std::size_t bytes, Address home);
   void give_offsets(std::uint64_t offset, std::size_t bytes);

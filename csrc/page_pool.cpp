@@ -88,6 +88,7 @@ PageRefs PagePool::acquire(std::span<const Address> homes, DeviceLock& lock) {
   PageRefs refs(*this);
   const std::size_t n = homes.size();
   if (n == 0) return refs;
+  if (over_budget(lock)) settle(lock);  // what became stale meanwhile goes back before anything new
   if (available(lock) < n) throw_out_of_pages(n);
   if (free_.size() < n) find_more(homes, lock);
   std::vector<PageId> taken(n, kNoPage);

@@ -109,7 +109,11 @@ class PagePool {
   Driver& driver() const noexcept { return *driver_; }
   const std::shared_ptr<Driver>& driver_ptr() const noexcept { return driver_; }
   std::size_t page_bytes() const noexcept { return page_bytes_; }
-  DeviceLock lock() { return DeviceLock(mutex_); }
+  // Throws DriverError in a forked child, where the thread that held the lock may not exist.
+  DeviceLock lock() {
+    driver_->ensure_usable();
+    return DeviceLock(mutex_);
+  }
 
   // A page with one reference for each address that one will be mapped at, in that order; all or
   // none. Takes free pages first, those at home there before others, then creates within the
@@ -145,6 +149,9 @@ class PagePool {
   // Destroys pages beyond the budget, reclaiming stale ones for it.
   void settle(DeviceLock& lock);
 
+  // Takes stale pages from the caches into the free list; returns how many came.
+  std::size_t reclaim(std::size_t pages, DeviceLock& lock);
+
   // Creates pages ahead of need up to the high watermark. Called by the mapper's thread.
   void refill();
   // Called, with the lock held, when free pages fall below the low watermark.
@@ -173,7 +180,6 @@ class PagePool {
   void create_pages(std::span<const Address> homes);
   void add_pages(std::span<const PageHandle> handles);
   std::size_t destroy_free(std::size_t n);
-  std::size_t reclaim(std::size_t pages, DeviceLock& lock);
   void wake_if_low();
   [[noreturn]] void throw_out_of_pages(std::size_t wanted) const;
 

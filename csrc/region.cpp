@@ -38,6 +38,7 @@ Region::Region(PagePool& pool, const RegionSpec& spec, std::uint32_t slots)
   windows_.resize(slots);
   tops_.resize(slots);
   mapped_.resize(slots);
+  live_.resize(slots);
 }
 
 Region::~Region() {
@@ -64,8 +65,9 @@ Region::~Region() {
   }
 }
 
-// The region ends, and nobody will use its addresses again. After a change that could not be undone an
-// entry may not be mapped, and a driver that refuses three times is gone: the pool has its page back.
+// The region ends, and nobody will use its addresses again. After a change that could not be undone
+// an entry may not be mapped, and a driver that refuses three times is gone: the pool has its page
+// back.
 void Region::abandon(std::uint32_t slot, std::uint32_t index) noexcept {
   if (at(slot, index) == kNoPage) return;
   try {
@@ -80,8 +82,7 @@ bool Region::safe(PageId page) const noexcept {
   return content == Content::kZero || content == finite(spec_.type_tag);
 }
 
-void Region::clean_adopted(std::uint32_t slot, PageWindow before, std::size_t from,
-                           Stream stream) {
+void Region::clean_adopted(std::uint32_t slot, PageWindow before, std::size_t from, Stream stream) {
   const PageWindow now = windows_[slot];
   const auto first = static_cast<std::uint32_t>(from / page_bytes_);
   for (std::uint32_t run = 0; run < spec_.runs; ++run) {
@@ -110,8 +111,14 @@ void Region::set_window(std::uint32_t slot, PageWindow window) {
       }
     }
   };
-  visit(window, old, [&](PageId id) { pool_->add_live(id); });
-  visit(old, window, [&](PageId id) { pool_->drop_live(id); });
+  visit(window, old, [&](PageId id) {
+    pool_->add_live(id);
+    ++live_[slot];
+  });
+  visit(old, window, [&](PageId id) {
+    pool_->drop_live(id);
+    --live_[slot];
+  });
   windows_[slot] = window;
 }
 
@@ -124,6 +131,7 @@ void Region::store(std::uint32_t slot, std::uint32_t index, PageId page) {
     if (live) pool_->add_live(page);
     tops_[slot] = std::max(tops_[slot], p + 1);
     ++mapped_[slot];
+    live_[slot] += live;
   }
   const PageId old = entry;
   entry = page;
@@ -131,6 +139,7 @@ void Region::store(std::uint32_t slot, std::uint32_t index, PageId page) {
     if (live) pool_->drop_live(old);
     pool_->drop_ref(old);
     --mapped_[slot];
+    live_[slot] -= live;
   }
 }
 

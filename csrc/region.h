@@ -75,18 +75,15 @@ class Region {
   std::uint32_t mapped(std::uint32_t slot) const noexcept { return mapped_[slot]; }
   PageWindow window(std::uint32_t slot) const noexcept { return windows_[slot]; }
   // Mapped entries outside the window.
-  std::uint32_t stale(std::uint32_t slot) const noexcept {
-    const PageWindow w = windows_[slot];
-    return mapped_[slot] - spec_.runs * (w.end - w.begin);
-  }
+  std::uint32_t stale(std::uint32_t slot) const noexcept { return mapped_[slot] - live_[slot]; }
 
   // Moves the window and declares pages live or stale accordingly. Entries of the new window that
   // are not mapped yet are left for Remap::commit().
   void set_window(std::uint32_t slot, PageWindow window);
   // Whether a reader of the region's type can stand what the page holds, whatever it is.
   bool safe(PageId page) const noexcept;
-  // Zeroes what the slot takes over as it is from byte `from` of each run on, where that is not safe
-  // to read: pages that came into the window, and those of `before` beyond its own tokens.
+  // Zeroes what the slot takes over as it is from byte `from` of each run on, where that is not
+  // safe to read: pages that came into the window, and those of `before` beyond its own tokens.
   void clean_adopted(std::uint32_t slot, PageWindow before, std::size_t from, Stream stream);
   // Unmaps stale entries [first, first + n) of one run, all of them mapped, and gives up their
   // pages. Returns how many pages became free.
@@ -112,6 +109,7 @@ class Region {
   std::vector<PageWindow> windows_;
   std::vector<std::uint32_t> tops_;
   std::vector<std::uint32_t> mapped_;
+  std::vector<std::uint32_t> live_;  // mapped entries inside the window
 };
 
 // A set of changes to mapping tables that happens as a whole: execute() makes the driver calls and

@@ -230,17 +230,17 @@ void SlotSpace::release(std::uint32_t slot, Stream stream) {
   s.released_at = ++clock_;
   try {
     if (!keep_stale_) drop_stale(slot, SIZE_MAX, Stale::kAll);
-    if (pool_->over_budget(lock)) pool_->settle(lock);
   } catch (const DriverError& error) {
     // The sequence is released; giving its memory back is tried again by whoever needs it.
     if (error.fatal()) throw;
   }
+  give_back(lock);
 }
 
 // Shortening -------------------------------------------------------------------------------------
 
 void SlotSpace::truncate(std::uint32_t slot, std::size_t tokens, Stream stream) {
-  const DeviceLock lock = enter();
+  DeviceLock lock = enter();
   Slot& s = open_slot(slot);
   if (tokens > s.tokens) {
     throw std::invalid_argument("truncate to " + std::to_string(tokens) + " tokens, but slot " +
@@ -253,6 +253,17 @@ void SlotSpace::truncate(std::uint32_t slot, std::size_t tokens, Stream stream) 
   set_windows(slot, wanted);
   s.tokens = s.ready = tokens;
   s.anchor = anchor;
+  give_back(lock);
+}
+
+// Of a pool over its budget. The operation that made it possible has succeeded whatever comes of
+// it.
+void SlotSpace::give_back(DeviceLock& lock) {
+  try {
+    if (pool_->over_budget(lock)) pool_->settle(lock);
+  } catch (const DriverError& error) {
+    if (error.fatal()) throw;  // else it is tried again by whoever needs memory
+  }
 }
 
 // The windows that a slot with the pages of `source` has at another length. Throws when a window
@@ -330,9 +341,9 @@ std::size_t SlotSpace::reclaim(std::size_t pages, DeviceLock&) {
     Stale which;
     bool wait;
   };
-  std::size_t freed = 0;
-  for (const Pass pass : {Pass{Stale::kSole, false}, Pass{Stale::kFreeable, false},
-                          Pass{Stale::kFreeable, true}}) {
+  std::size_t freed = !scratch_fence_ || scratch_fence_->done() ? drop_scratch() : 0;
+  for (const Pass pass :
+       {Pass{Stale::kSole, false}, Pass{Stale::kFreeable, false}, Pass{Stale::kFreeable, true}}) {
     for (const std::uint32_t slot : order) {
       if (freed >= pages) return freed;
       Slot& s = slots_[slot];
@@ -341,16 +352,21 @@ std::size_t SlotSpace::reclaim(std::size_t pages, DeviceLock&) {
       freed += drop_stale(slot, pass.wait ? left : std::max(left, kStride), pass.which);
     }
   }
-  return freed;
+  return freed < pages ? freed + drop_scratch() : freed;
+}
+
+std::size_t SlotSpace::drop_scratch() {
+  if (scratch_busy_ || scratch_.bytes() == 0) return 0;
+  if (scratch_fence_) scratch_fence_->wait();
+  const std::size_t pages = scratch_.bytes() / pool_->page_bytes();
+  scratch_.clear();
+  return pages;
 }
 
 std::size_t SlotSpace::trim() {
   DeviceLock lock = enter();
   for (std::uint32_t slot = 0; slot < slots(); ++slot) drop_stale(slot, SIZE_MAX, Stale::kAll);
-  if (scratch_.bytes() > 0) {
-    if (scratch_fence_) scratch_fence_->wait();
-    scratch_.clear();
-  }
+  drop_scratch();
   return pool_->trim(0, lock);
 }
 

@@ -80,7 +80,8 @@ class SlotSpace final : public Reclaimer {
   // the slot's present length on, and sets its length to at least that. All slots or none.
   void ensure(std::span<const std::int32_t> slots, std::span<const std::int32_t> tokens,
               Stream stream);
-  // The same without moving the length: maps ahead of need.
+  // The same without moving the length: maps ahead of need. Kernels may use the sequences meanwhile,
+  // so one whose next token goes to a page that it shares is left as it is, for ensure() to do.
   void prepare(std::span<const std::int32_t> slots, std::span<const std::int32_t> tokens,
                Stream stream);
   // Shortens a sequence. Its pages stay mapped until somebody needs them.
@@ -122,7 +123,7 @@ class SlotSpace final : public Reclaimer {
     std::uint32_t generation = 0;
     bool open = false;
     std::uint64_t released_at = 0;
-    std::uint64_t step = 0;  // the latest ensure() that made it longer
+    std::uint64_t step = 0;        // the latest ensure() that made it longer
     std::shared_ptr<Fence> fence;  // after it, nobody uses the slot's stale pages
   };
   struct Need {
@@ -155,7 +156,8 @@ class SlotSpace final : public Reclaimer {
 
   void grow_all(std::span<const std::int32_t> slots, std::span<const std::int32_t> tokens,
                 Stream stream, bool advance);
-  void grow(std::uint32_t slot, std::size_t tokens, Stream stream, DeviceLock& lock);
+  void grow(std::uint32_t slot, std::size_t tokens, Stream stream, bool may_move, DeviceLock& lock);
+  bool moves_live(std::span<const Need> needs, const Windows& before) const;
   std::vector<Need> find_needs(std::uint32_t slot, std::size_t write_from);
   static std::vector<Address> homes_of(std::span<const Need> needs);
   void count_adopted(std::uint32_t slot, const Windows& before, std::span<const Need> needs);
@@ -175,6 +177,19 @@ class SlotSpace final : public Reclaimer {
 
   bool tails_dirty(std::uint32_t slot, std::size_t tokens) const;
   void mark_tails_dirty(std::uint32_t slot, std::size_t tokens);
+  void fork_into(std::uint32_t slot, std::uint32_t source, std::size_t tokens,
+                 const Windows& wanted, Stream stream, DeviceLock& lock);
+  // Does it again after giving up all stale mappings if the system allows no more of them.
+  template <typename Work>
+  void with_mappings(DeviceLock& lock, Work work) {
+    try {
+      work();
+    } catch (const OutOfMappings&) {
+      if (pool_->reclaim(SIZE_MAX, lock) == 0) throw;
+      work();
+    }
+  }
+  void reorder(std::vector<Move>& moves, Stream stream, DeviceLock& lock);
   std::vector<Move> plan_moves(std::span<const std::int32_t> destinations,
                                std::span<const std::int32_t> sources);
   void stage_tails(std::vector<Move>& moves, Stream stream, DeviceLock& lock);
@@ -190,11 +205,13 @@ class SlotSpace final : public Reclaimer {
   void fence(Slot& slot, Stream stream);
   void fence_off(Slot& slot, Stream stream) noexcept;
   void before_unmap(Slot& slot);
+  void give_back(DeviceLock& lock);
   enum class Stale : std::uint8_t {
     kAll,
     kFreeable,  // nobody uses the page elsewhere
     kSole,      // and no other slot has it mapped
   };
+  std::size_t drop_scratch();
   std::size_t drop_stale(std::uint32_t slot, std::size_t limit, Stale which);
   void check_slot(std::uint32_t slot) const;
 
@@ -205,6 +222,7 @@ class SlotSpace final : public Reclaimer {
   std::vector<Region> regions_;
   std::vector<Slot> slots_;
   Scratch scratch_;
+  bool scratch_busy_ = false;             // it holds what a reorder has staged
   std::shared_ptr<Fence> scratch_fence_;  // after it, nobody uses the scratch memory
   std::uint64_t clock_ = 0, step_ = 0;
   bool lost_ = false;

@@ -45,8 +45,8 @@ Address SlotSpace::live_elsewhere(const Region& region, std::uint32_t slot,
   throw InvariantError("a shared page of slot " + std::to_string(slot) + " has no other user");
 }
 
-// A page that the slot is about to write in place may be stale in slots whose kernels still read it:
-// the write comes after them.
+// A page that the slot is about to write in place may be stale in slots whose kernels still read
+// it: the write comes after them.
 void SlotSpace::order_after_readers(const Region& region, std::uint32_t slot, std::size_t from,
                                     Stream stream) {
   const PageWindow window = region.window(slot);
@@ -102,7 +102,17 @@ void SlotSpace::count_adopted(std::uint32_t slot, const Windows& before,
   }
 }
 
-void SlotSpace::grow(std::uint32_t slot, std::size_t tokens, Stream stream, DeviceLock& lock) {
+// Whether a page that the sequence uses must be replaced.
+bool SlotSpace::moves_live(std::span<const Need> needs, const Windows& before) const {
+  return std::any_of(needs.begin(), needs.end(), [&](const Need& need) {
+    const auto r = static_cast<std::size_t>(need.region - regions_.data());
+    return need.region->at(need.slot, need.index) != kNoPage &&
+           before[r].contains(need.index % need.region->pages_per_run());
+  });
+}
+
+void SlotSpace::grow(std::uint32_t slot, std::size_t tokens, Stream stream, bool may_move,
+                     DeviceLock& lock) {
   Slot& s = slots_[slot];
   const Windows before = windows(slot);
   // Declaring first what the sequence will use protects what is mapped there already from being
@@ -112,12 +122,17 @@ void SlotSpace::grow(std::uint32_t slot, std::size_t tokens, Stream stream, Devi
   for (std::size_t i = 0; i < regions_.size(); ++i) {
     const PageWindow wanted = window_of(regions_[i], s.anchor, tokens);
     const bool empty = before[i].begin == before[i].end;
-    regions_[i].set_window(slot, {empty ? wanted.begin : before[i].begin,
-                                  std::max(before[i].end, wanted.end)});
+    regions_[i].set_window(
+        slot, {empty ? wanted.begin : before[i].begin, std::max(before[i].end, wanted.end)});
   }
   try {
     if (s.fence) s.fence->order_before(stream);
     const std::vector<Need> needs = find_needs(slot, s.tokens);
+    const bool moves = moves_live(needs, before);
+    if (moves && !may_move) {
+      set_windows(slot, before);
+      return;
+    }
     count_adopted(slot, before, needs);
     for (std::size_t i = 0; i < regions_.size(); ++i) {
       const std::size_t written = s.tokens * regions_[i].spec().token_bytes;
@@ -132,12 +147,8 @@ void SlotSpace::grow(std::uint32_t slot, std::size_t tokens, Stream stream, Devi
       const PageRefs fresh =
           pool_->acquire(homes_of(std::span(needs).subspan(recycled.size())), lock);
       Remap remap(*pool_, lost_);
-      bool moves_live = false;
       for (std::size_t i = 0; i < needs.size(); ++i) {
         const Need& need = needs[i];
-        const auto r = static_cast<std::size_t>(need.region - regions_.data());
-        moves_live = moves_live || (need.region->at(slot, need.index) != kNoPage &&
-                                    before[r].contains(need.index % need.region->pages_per_run()));
         if (i < recycled.size()) {
           const auto [region, index] = recycled[i];
           remap.set(*need.region, slot, need.index, region->at(slot, index));
@@ -147,7 +158,7 @@ void SlotSpace::grow(std::uint32_t slot, std::size_t tokens, Stream stream, Devi
         }
       }
       // Kernels of this stream may still read what the sequence has there now.
-      if (moves_live) Fence(pool_->driver_ptr(), stream).wait();
+      if (moves) Fence(pool_->driver_ptr(), stream).wait();
       if (remap.unmaps()) before_unmap(s);
       remap.execute();
       remap.clean(stream);
@@ -211,6 +222,7 @@ void SlotSpace::grow_all(std::span<const std::int32_t> slots, std::span<const st
   };
   std::vector<Grown> grown;
   std::shared_ptr<Fence> left;
+  bool leaves = false;
   try {
     for (std::size_t i = 0; i < slots.size(); ++i) {
       const auto slot = static_cast<std::uint32_t>(slots[i]);
@@ -218,15 +230,15 @@ void SlotSpace::grow_all(std::span<const std::int32_t> slots, std::span<const st
       if (wanted <= slots_[slot].ready) continue;
       grown.push_back({slot, slots_[slot].ready, windows(slot)});
       try {
-        grow(slot, wanted, stream, lock);
+        with_mappings(lock, [&] { grow(slot, wanted, stream, advance, lock); });
       } catch (...) {
         grown.pop_back();
         throw;
       }
-      if (advance && !left && leaves_pages(slot, slots_[slot].tokens, wanted)) {
-        left = std::make_shared<Fence>(pool_->driver_ptr(), stream);
-      }
+      leaves = leaves || (advance && leaves_pages(slot, slots_[slot].tokens, wanted));
     }
+    // After all of them: by now the stream waits for whatever any slot waited for.
+    if (leaves) left = std::make_shared<Fence>(pool_->driver_ptr(), stream);
   } catch (...) {
     for (auto it = grown.rbegin(); it != grown.rend(); ++it) {
       fence_off(slots_[it->slot], stream);

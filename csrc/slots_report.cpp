@@ -178,7 +178,6 @@ void SlotSpace::check() {
   }
   for (std::size_t i = 0; i < scratch_.bytes() / pool_->page_bytes(); ++i) {
     ++refs[scratch_.page(i)];
-    ++live[scratch_.page(i)];
   }
   // Another cache on the same pool has pages of its own, but no page has users in two caches.
   for (PageId id = 1; id < refs.size(); ++id) {

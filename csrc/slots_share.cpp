@@ -8,8 +8,10 @@ namespace vattn {
 
 // Scratch ----------------------------------------------------------------------------------------
 
+// Pre: nothing uses the memory any more.
 Address Scratch::require(std::size_t bytes, DeviceLock& lock) {
   if (bytes <= this->bytes()) return reservation_ ? reservation_->base() : 0;
+  clear();
   const std::size_t page = pool_.page_bytes();
   const std::size_t n = (bytes + page - 1) / page;
   auto reservation =
@@ -22,15 +24,11 @@ Address Scratch::require(std::size_t bytes, DeviceLock& lock) {
   pool_.driver().map(reservation->base(), handles, page);
   try {
     pool_.driver().set_access(reservation->base(), n * page);
-    clear();
   } catch (...) {
     pool_.driver().unmap(reservation->base(), n * page);
     throw;
   }
-  for (std::size_t i = 0; i < n; ++i) {
-    pool_.add_live(pages[i]);
-    pool_.set_content(pages[i], Content::kDirty);
-  }
+  for (std::size_t i = 0; i < n; ++i) pool_.set_content(pages[i], Content::kDirty);
   reservation_ = std::move(reservation);
   pages_ = std::move(pages);
   return reservation_->base();
@@ -39,7 +37,6 @@ Address Scratch::require(std::size_t bytes, DeviceLock& lock) {
 void Scratch::clear() {
   if (pages_.size() == 0) return;
   pool_.driver().unmap(reservation_->base(), bytes());
-  for (std::size_t i = 0; i < pages_.size(); ++i) pool_.drop_live(pages_[i]);
   pages_.clear();
   reservation_.reset();
 }
@@ -129,8 +126,25 @@ std::uint32_t SlotSpace::fork(std::uint32_t source, std::size_t tokens, Stream s
   const std::size_t anchor = std::min(parent.anchor, tokens);
   const Windows wanted = windows_at(source, anchor, tokens);
   const std::uint32_t slot = pick_for_prefix(source, tokens);
+  with_mappings(lock, [&] { fork_into(slot, source, tokens, wanted, stream, lock); });
   Slot& child = slots_[slot];
-  set_windows(slot, wanted);
+  child.open = true;
+  ++child.generation;
+  child.anchor = anchor;
+  child.tokens = tokens;
+  child.ready = std::max(tokens, ready_of(slot));
+  return slot;
+}
+
+void SlotSpace::fork_into(std::uint32_t slot, std::uint32_t source, std::size_t tokens,
+                          const Windows& wanted, Stream stream, DeviceLock& lock) {
+  Slot& child = slots_[slot];
+  // Not yet the pages before its own ones: what is stale there will be replaced, and may be
+  // reclaimed for that.
+  for (std::size_t i = 0; i < regions_.size(); ++i) {
+    const auto full = static_cast<std::uint32_t>(full_pages(regions_[i], tokens));
+    regions_[i].set_window(slot, {std::max(wanted[i].begin, full), wanted[i].end});
+  }
   try {
     if (child.fence) child.fence->order_before(stream);
     const std::vector<Need> needs = find_needs(slot, tokens);
@@ -140,6 +154,7 @@ std::uint32_t SlotSpace::fork(std::uint32_t source, std::size_t tokens, Stream s
       region.clean_adopted(slot, {}, written, stream);
     }
     const PageRefs fresh = pool_->acquire(homes_of(needs), lock);
+    set_windows(slot, wanted);
     Remap remap(*pool_, lost_);
     for (Region& region : regions_) alias_prefix(remap, region, slot, source, tokens);
     for (std::size_t i = 0; i < needs.size(); ++i) {
@@ -159,12 +174,6 @@ std::uint32_t SlotSpace::fork(std::uint32_t source, std::size_t tokens, Stream s
     set_windows(slot, Windows(regions_.size()));
     throw;
   }
-  child.open = true;
-  ++child.generation;
-  child.anchor = anchor;
-  child.tokens = tokens;
-  child.ready = std::max(tokens, ready_of(slot));
-  return slot;
 }
 
 // Reorder ----------------------------------------------------------------------------------------
@@ -192,8 +201,8 @@ std::vector<SlotSpace::Move> SlotSpace::plan_moves(std::span<const std::int32_t>
     }
     if (to == source) continue;
     moves.push_back({to, source, from.anchor, from.tokens, windows(to),
-                     windows_at(source, from.anchor, from.tokens),
-                     tails_dirty(source, from.tokens), 0});
+                     windows_at(source, from.anchor, from.tokens), tails_dirty(source, from.tokens),
+                     0});
   }
   return moves;
 }
@@ -243,16 +252,16 @@ void SlotSpace::share_sources(const std::vector<Move>& moves, PagePins& pins,
 }
 
 // As find_needs(), and besides: pages that another row of the same reorder is about to share; pages
-// that may not be finite, since another row may still want what they hold; a page of the old sequence
-// that would be written and is not staged, since it could not be put back.
+// that may not be finite, since another row may still want what they hold; a page of the old
+// sequence that would be written and is not staged, since it could not be put back.
 std::vector<SlotSpace::Need> SlotSpace::find_move_needs(const Move& move,
                                                         const std::unordered_set<PageId>& aliased) {
   std::vector<Need> needs = find_needs(move.to, move.tokens);
   for (Region& region : regions_) {
     const PageWindow window = region.window(move.to);
     const auto full = static_cast<std::uint32_t>(full_pages(region, move.tokens));
-    const bool writes_tokens = tail_bytes(region, move.tokens) > 0 &&
-                               full < full_pages(region, slots_[move.to].tokens);
+    const bool writes_tokens =
+        tail_bytes(region, move.tokens) > 0 && full < full_pages(region, slots_[move.to].tokens);
     for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
       for (std::uint32_t p = std::max(window.begin, full); p < window.end; ++p) {
         const std::uint32_t index = run * region.pages_per_run() + p;
@@ -348,7 +357,18 @@ void SlotSpace::assign(std::span<const std::int32_t> destinations,
       if (slots_[slot].fence) slots_[slot].fence->order_before(stream);
     }
   }
+  with_mappings(lock, [&] { reorder(moves, stream, lock); });
+  for (const Move& move : moves) {
+    Slot& to = slots_[move.to];
+    to.anchor = move.anchor;
+    to.tokens = move.tokens;
+    to.ready = std::max(move.tokens, ready_of(move.to));
+  }
+}
+
+void SlotSpace::reorder(std::vector<Move>& moves, Stream stream, DeviceLock& lock) {
   bool copied = false;
+  scratch_busy_ = true;
   try {
     stage_tails(moves, stream, lock);
     remap_moves(moves, copied, stream, lock);
@@ -357,14 +377,10 @@ void SlotSpace::assign(std::span<const std::int32_t> destinations,
     if (copied) restore_tails(moves, stream);
     for (const Move& move : moves) fence_off(slots_[move.to], stream);
     scratch_fence_ = slots_[moves.front().to].fence;
+    scratch_busy_ = false;
     throw;
   }
-  for (const Move& move : moves) {
-    Slot& to = slots_[move.to];
-    to.anchor = move.anchor;
-    to.tokens = move.tokens;
-    to.ready = std::max(move.tokens, ready_of(move.to));
-  }
+  scratch_busy_ = false;
 }
 
 }  // namespace vattn

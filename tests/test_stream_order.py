@@ -285,6 +285,25 @@ def test_copy_on_write_inside_the_cover_waits(device: Device) -> None:
         seqs.end()
 
 
+def test_prepare_moves_nothing_that_is_read(device: Device) -> None:
+    """It runs beside kernels that may not even be launched yet: what must be copied is ensure's."""
+    with device:
+        seqs = Sequences(make_cache(device.pool))
+        a = seqs.new(60)
+        b = seqs.fork(a)
+        seqs.truncate(b, 10)  # inside a page that a still uses
+        device.fake.hold(device.one)
+        seqs.cache.prepare([b, a], [40, 90], stream=device.one).wait()
+        assert device.fake.calls("cuMemUnmap") == 0
+        device.kernel(seqs.cache, b, device.one)
+        assert seqs.cache.pages_needed(a, 90) == 0 < seqs.cache.pages_needed(b, 40)
+        seqs.check()
+        device.blocks_until(device.one, lambda: seqs.grow(b, 40, stream=device.one))
+        seqs.grow(a, 90)
+        seqs.check()
+        seqs.end()
+
+
 def test_close_waits(device: Device) -> None:
     with device:
         cache = make_cache(device.pool)

@@ -39,6 +39,12 @@ def small_cache(family: str = "llama", **options: Any) -> VirtualCache:
     return strict_cache(CONFIGS[family](), **options)
 
 
+def croppable_stock_cache(family: str) -> DynamicCache:
+    cache = stock_cache(CONFIGS[family]())
+    cache.activate_past_recording()  # type: ignore[no-untyped-call]  # for sliding layers
+    return cache
+
+
 def same(cache: VirtualCache, other: DynamicCache) -> None:
     """Lengths, masks and cached states agree."""
     cache.check()
@@ -67,8 +73,7 @@ def test_any_script_gives_the_same_states(seed: int, family: str, order: Any) ->
     dice = random.Random(seed)
     calls = {"reorder": "reorder_cache", "select": "batch_select_indices"}
     cache = small_cache(family, order=order, layers_per_region=dice.choice([1, 2, None]))
-    other = stock_cache(CONFIGS[family]())
-    other.activate_past_recording()  # type: ignore[no-untyped-call]  # without it, stock sliding layers cannot be cropped
+    other = croppable_stock_cache(family)
     rows, last = dice.randint(1, 3), 0
 
     def both(act: Callable[[Any], Any]) -> None:
@@ -82,6 +87,8 @@ def test_any_script_gives_the_same_states(seed: int, family: str, order: Any) ->
             if cache.get_seq_length() + last > 400:
                 kind = "reset"
             else:
+                if cache.get_seq_length() > 0:
+                    other.crop(0)  # or transformers 5.17 returns more than a window
                 returned = step(cache, rows, last, turn), step(other, rows, last, turn)
                 assert all(torch.equal(a, b) for a, b in zip(*returned, strict=True))
         elif kind == "crop":
@@ -98,7 +105,8 @@ def test_any_script_gives_the_same_states(seed: int, family: str, order: Any) ->
             rows = n
             both(methodcaller(calls[kind], index))
         if kind == "reset":
-            both(methodcaller("reset"))
+            cache.reset()
+            other = croppable_stock_cache(family)  # transformers 5.17 keeps zeros after a reset()
             rows, last = dice.randint(1, 4), 0
         same(cache, other)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 
@@ -13,21 +14,33 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
 }
 
 
+def positive_int(value: object, name: str, otherwise: str = "") -> int:
+    """``value`` as an int, if it is a whole number above zero (NumPy's count).
+
+    Raises:
+        ValueError: it is not; the message names the setting and what else it may be.
+    """
+    is_whole = not isinstance(value, bool) and hasattr(value, "__index__")
+    if not is_whole or operator.index(value) <= 0:  # type: ignore[arg-type]
+        raise ValueError(f"{name}={value!r} must be a positive integer{otherwise}")
+    return operator.index(value)  # type: ignore[arg-type]
+
+
 def parse_bytes(text: str | int, name: str = "size") -> int:
     """``"512MiB"``, ``"2GB"``, ``"65536"`` or an int as a number of bytes.
 
     Raises:
         ValueError: not a positive size; the message names the setting.
     """
-    if isinstance(text, int):
-        value = text
+    if not isinstance(text, str):
+        value = positive_int(text, name)
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
         if match is None or match[2] not in _UNITS:
             raise ValueError(f"{name}={text!r} is not a size; write 512MiB, 2GB or a number")
         value = int(float(match[1]) * _UNITS[match[2]])
     if value <= 0:
-        raise ValueError(f"{name}={text!r} must be positive")
+        raise ValueError(f"{name}={text!r} must be a positive integer")
     return value
 
 
@@ -47,4 +60,4 @@ def env_bytes(name: str) -> int | None:
         ValueError: it is set to something that is not a size.
     """
     text = os.environ.get(name)
-    return None if text is None else parse_bytes(text, name)
+    return parse_bytes(text, name) if text else None

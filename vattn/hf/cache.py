@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DummyLayer
+from transformers.cache_utils import Cache
 
+from vattn.hf.compat import DummyLayer
 from vattn.hf.configs import longest_sequence, read_layers
 from vattn.hf.layer import VirtualLayer
 from vattn.hf.rows import Options, Rows
@@ -171,9 +172,11 @@ class VirtualCache(Cache):
 
     @property
     def kv(self) -> KVCache | None:
-        """The cache beneath, None before the first update. Row i is slot i; layers that share the K
-        and V of others are not in it.
-        """  # noqa: D205
+        """The cache beneath, row i in slot i; None before the first update.
+
+        Its layers are those that store K and V: where a model's later layers share them, fewer than
+        the model has.
+        """
         return self._rows.kv
 
     def stats(self) -> CacheStats:
@@ -218,4 +221,6 @@ class VirtualCache(Cache):
 
 
 def _int32(rows: torch.Tensor) -> Int32Array:
+    if rows.is_floating_point() or rows.is_complex():
+        raise TypeError(f"rows are numbered by integers, not {rows.dtype}")
     return rows.to(device="cpu", dtype=torch.int32).contiguous().numpy()

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
-from transformers.cache_utils import get_layer_types_and_kwargs
 
-# "dummy" layers store nothing: they read what an earlier layer stored (num_kv_shared_layers), or
-# have no attention. Chunked attention caches like a window of the chunk's size; only masks differ.
-_FULL, _NOTHING = "full_attention", "dummy"
-_WINDOWED = ("sliding_attention", "chunked_attention")
+from vattn.hf.compat import NOTHING, layer_types
+
+# Layers that store nothing read what an earlier one stored (num_kv_shared_layers), or have no
+# attention. Chunked attention caches like a window of the chunk's size; only masks differ.
+_FULL = "full_attention"
+_WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 
 # Recurrent or segment memory that their configs report as full attention.
 _OWN_MEMORY = ("reformer", "rwkv", "xlnet", "xlstm")
@@ -50,23 +51,25 @@ def read_layers(config: PreTrainedConfig) -> list[LayerPlan | None]:
     if decoder.model_type in _OWN_MEMORY:
         raise ValueError(f"{decoder.model_type} keeps a memory of its own kind: {_REMEDY}")
     try:
-        types, options = get_layer_types_and_kwargs(decoder)
+        types = layer_types(decoder)
     except AttributeError as error:
         raise ValueError(f"{decoder.model_type} does not tell its layers: {error}") from error
     plans: list[LayerPlan | None] = []
-    for index, (kind, given) in enumerate(zip(types, options, strict=True)):
-        if kind == _NOTHING:
+    for index, kind in enumerate(types):
+        if kind == NOTHING:
             plans.append(None)
             continue
-        if kind != _FULL and kind not in _WINDOWED:
+        if kind != _FULL and kind not in _WINDOWS:
             raise ValueError(f"layer {index} of {decoder.model_type} is of type {kind}: {_REMEDY}")
-        window = given.get("sliding_window")
-        if kind in _WINDOWED and not (isinstance(window, int) and window > 0):
-            raise ValueError(
-                f"layer {index} of {decoder.model_type} is of type {kind} with a window of "
-                f"{window!r} tokens; set sliding_window in the config, or make it {_FULL}"
-            )
-        plans.append(LayerPlan(window, _expected_shape(decoder.per_layer_config[index])))
+        layer, window = decoder.per_layer_config[index], None
+        if kind in _WINDOWS:
+            window = getattr(layer, _WINDOWS[kind], None)
+            if not isinstance(window, int) or window <= 0:
+                raise ValueError(
+                    f"layer {index} of {decoder.model_type} is of type {kind} with a window of "
+                    f"{window!r} tokens; set {_WINDOWS[kind]} in the config, or make it {_FULL}"
+                )
+        plans.append(LayerPlan(window, _expected_shape(layer)))
     if not any(plans):
         raise ValueError(f"{decoder.model_type} has no layer with attention: {_REMEDY}")
     return plans

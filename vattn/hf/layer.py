@@ -69,7 +69,7 @@ class VirtualLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         rows = self._rows
         start = self._tokens
         stop = start + n
-        if stop > rows.tokens or shape != self._shape or rows.version != self._version:
+        if stop != rows.tokens or shape != self._shape or rows.version != self._version:
             self._enter(shape, stop, key_states, value_states)
         first = max(0, start - self._reach)
         self._k.narrow(2, start, n).copy_(key_states)

@@ -13,7 +13,7 @@ from vattn.config import parse_bytes
 from vattn.hf.configs import LayerPlan
 from vattn.kv.cache import Int32Array, KVCache
 from vattn.kv.layout import LayerSpec, Order
-from vattn.kv.pool import PagePool
+from vattn.kv.pool import PagePool, parse_device
 
 # A copy of a cache grows in steps of this many tokens, so that sliding-window layers recycle pages
 # on the way instead of mapping the whole sequence.
@@ -73,7 +73,6 @@ class Rows:
         self.options = options
         self.pool = options.pool
         self.kv: KVCache | None = None
-        self.batch = 0
         self.tokens = 0
         # Length before the latest step: sliding-window layers can be cropped back to here.
         self.anchor = 0
@@ -81,6 +80,7 @@ class Rows:
         self.version = 0
         self._shapes: list[Shape | None] = [None] * len(plans)
         self._retired: list[KVCache] = []
+        self._open = 0
         self._slots = self._lengths = np.empty(0, np.int32)
 
     # Steps ----------------------------------------------------------------------------------------
@@ -98,6 +98,12 @@ class Rows:
                 "VirtualCache; make it with a larger max_tokens, or generate fewer tokens"
             )
         self._check(layer, shape, held)
+        is_same_step = (held, tokens) == (self.anchor, self.tokens)
+        if tokens > held != self.tokens and not is_same_step:
+            raise ValueError(
+                f"layer {layer} holds {held} tokens where others hold {self.tokens}: an earlier "
+                "forward was cut short; call reset(), or crop() by what that forward added"
+            )
         known, self._shapes[layer] = self._shapes[layer], shape
         if (
             self.kv is None
@@ -129,7 +135,7 @@ class Rows:
                 f"dtype={options.dtype}; leave dtype out to take the model's"
             )
         for wanted in (options.device, None if pool is None else pool.device):
-            if wanted is not None and _place(wanted) != _place(shape.device):
+            if wanted is not None and parse_device(wanted) != shape.device:
                 raise ValueError(
                     f"layer {layer} computes on {shape.device}, but the cache is on {wanted}: one "
                     "VirtualCache serves one device; put the whole model on it"
@@ -214,24 +220,28 @@ class Rows:
         self.pool = self.options.pool
         self.tokens = self.anchor = 0
 
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return len(self._slots)
+
     def _resize(self, batch: int) -> None:
         """Opens or releases slots at the end."""
         assert self.kv is not None
-        if batch == self.batch:
-            return
-        for slot in range(self.batch, batch):
-            self.kv.open(slot=slot)
-            self.batch = slot + 1
-        for slot in range(self.batch - 1, batch - 1, -1):
-            self.kv.release(slot)
-            self.batch = slot
+        while self._open < batch:
+            self.kv.open(slot=self._open)
+            self._open += 1
+        while self._open > batch:
+            self.kv.release(self._open - 1)
+            self._open -= 1
         self._set_rows(batch)
 
     def _set_rows(self, batch: int) -> None:
-        self.batch = batch
-        self._slots = np.arange(batch, dtype=np.int32)
-        self._lengths = np.empty(batch, np.int32)
+        self._open = batch
         self.version += 1
+        # The length of _slots is the batch: last, so that Ctrl-C in between leaves the old batch.
+        self._lengths = np.empty(batch, np.int32)
+        self._slots = np.arange(batch, dtype=np.int32)
 
     # Making ---------------------------------------------------------------------------------------
 
@@ -251,7 +261,7 @@ class Rows:
     def _make(self, batch: int) -> KVCache:
         options = self.options
         assert self.pool is not None
-        kv = KVCache(
+        return KVCache(
             [self._spec(layer) for layer in range(len(self.plans))],
             max_seqs=options.max_batch or batch,
             max_tokens=options.max_tokens,
@@ -260,10 +270,6 @@ class Rows:
             order=options.order,
             kv_tile_tokens=options.kv_tile_tokens,
         )
-        with torch.inference_mode(False):  # or writing outside of inference mode would be refused
-            for layer in range(len(self.plans)):
-                kv.layer(layer)
-        return kv
 
     def _remake(self, shape: Shape) -> None:
         """Makes the KVCache for the shapes now known, and brings along what it holds."""
@@ -333,7 +339,3 @@ class Rows:
         self.kv = None
         self._retired.clear()
         self._set_rows(0)
-
-
-def _place(device: torch.device) -> tuple[str, int]:
-    return device.type, device.index or 0

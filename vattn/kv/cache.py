@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self, TypeAlias
@@ -11,8 +12,9 @@ import numpy.typing as npt
 import torch
 
 from vattn import _core
+from vattn.config import positive_int
 from vattn.kv.layout import DEFAULTS, LayerSpec, Layout, Order, make_layout
-from vattn.kv.pool import PagePool, default_budget_bytes, open_driver
+from vattn.kv.pool import PagePool, default_budget_bytes, open_driver, parse_device
 from vattn.kv.report import CacheStats, MemoryMap, SlotMap
 
 # Tiles of the FlashAttention kernels in use on a GPU, by head size and dtype. SDPA on a CPU reads
@@ -55,7 +57,7 @@ class KVCache:
         kv_heads, head_dim, dtype, window: of equal layers; not with a list of specs.
         max_seqs: slots.
         max_tokens: longest sequence.
-        device: ``"cpu"`` or ``"cuda[:n]"``.
+        device: ``"cpu"`` (default) or ``"cuda[:n]"``.
         pool: a pool to share; else one is made from ``page_bytes``, ``budget_bytes`` (default: as
             the pool's, but no more than the full cache) and ``strict``.
         layers_per_region, order: see :mod:`vattn.kv.layout`; None for the device's default.
@@ -76,7 +78,7 @@ class KVCache:
         *,
         max_seqs: int,
         max_tokens: int,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         window: int | None = None,
         page_bytes: int | None = None,
         budget_bytes: int | str | None = None,
@@ -88,35 +90,35 @@ class KVCache:
         strict: bool = False,
     ) -> None:
         self.specs = _layer_specs(layers, kv_heads, head_dim, dtype, window)
-        if pool is not None and (page_bytes, budget_bytes, strict) != (None, None, False):
-            raise ValueError("page_bytes, budget_bytes and strict belong to the pool given")
-        self.device = pool.device if pool is not None else torch.device(device)
-        defaults = DEFAULTS.get(self.device.type, DEFAULTS["cpu"])
-        if kv_tile_tokens is None:
-            kv_tile_tokens = DEFAULT_TILES.get(self.device.type, (1,))
-        tiles = (kv_tile_tokens,) if isinstance(kv_tile_tokens, int) else tuple(kv_tile_tokens)
-
+        if pool is not None:
+            _check_pool(pool, device, page_bytes, budget_bytes, strict)
+        self.device = pool.device if pool is not None else parse_device(device or "cpu")
         driver = pool.driver if pool is not None else open_driver(self.device, strict=strict)
-        size = pool.page_bytes if pool is not None else page_bytes or driver.default_page_bytes()
-        if size <= 0 or size % driver.granularity():
-            raise ValueError(
-                f"page_bytes={size} is not a positive multiple of the granularity of "
-                f"{driver.name()}, which is {driver.granularity()} bytes"
-            )
+        defaults = DEFAULTS[self.device.type]
+        if kv_tile_tokens is None:
+            kv_tile_tokens = DEFAULT_TILES[self.device.type]
+        tiles = kv_tile_tokens if isinstance(kv_tile_tokens, Sequence) else (kv_tile_tokens,)
         self.layout: Layout = make_layout(
             self.specs,
             slots=max_seqs,
             max_tokens=max_tokens,
-            page_bytes=size,
-            order=order or defaults.order,
-            layers_per_region=layers_per_region or defaults.layers_per_region,
+            page_bytes=pool.page_bytes if pool is not None else _page_bytes(driver, page_bytes),
+            order=defaults.order if order is None else order,
+            layers_per_region=(
+                defaults.layers_per_region if layers_per_region is None else layers_per_region
+            ),
             tiles=tiles,
         )
         if pool is None:
             if budget_bytes is None:
                 default = default_budget_bytes(self.device.type, driver)
                 budget_bytes = min(self.layout.most_bytes, default)
-            pool = PagePool(self.device, page_bytes=size, budget_bytes=budget_bytes, driver=driver)
+            pool = PagePool(
+                self.device,
+                page_bytes=self.layout.page_bytes,
+                budget_bytes=budget_bytes,
+                driver=driver,
+            )
         self.pool = pool
         self.max_seqs = max_seqs
         self.max_tokens = max_tokens
@@ -181,7 +183,9 @@ class KVCache:
         """Makes the first ``tokens`` tokens mapped and the sequence at least that long.
 
         The tokens from the present length on may then be written, and whole tiles up to the last
-        one read.
+        one read. Each call that lengthens a sequence begins a step: its first query is the present
+        length, and sliding-window layers give up what lies before the window of that query. Call
+        it once per step, after the kernels of the step before were launched.
 
         Raises:
             OutOfPages: the budget is exhausted; nothing has changed.
@@ -381,7 +385,7 @@ class KVCache:
             if self._slots.generation(slot.index) != slot._generation:
                 raise ValueError(f"{slot} was released; open a new sequence")
             return slot.index
-        index = int(slot)
+        index = _integer(slot)
         if not 0 <= index < self.max_seqs:
             raise ValueError(f"slot {index} is not one of the {self.max_seqs} slots of this cache")
         return index
@@ -392,6 +396,7 @@ class KVCache:
         return np.fromiter((self._index(s) for s in slots), dtype=np.int32)
 
     def _check_layer(self, layer: int) -> None:
+        _integer(layer)
         if not 0 <= layer < len(self.specs):
             raise ValueError(f"layer {layer} is not one of the {len(self.specs)} layers")
 
@@ -403,6 +408,32 @@ class KVCache:
         return 0
 
 
+def _check_pool(
+    pool: PagePool,
+    device: str | torch.device | None,
+    page_bytes: int | None,
+    budget_bytes: int | str | None,
+    strict: bool,
+) -> None:
+    if not isinstance(pool, PagePool):
+        raise TypeError(f"pool={pool!r} is not a vattn.PagePool")
+    if (page_bytes, budget_bytes, strict) != (None, None, False):
+        raise ValueError("page_bytes, budget_bytes and strict belong to the pool given")
+    if device is not None and parse_device(device) != pool.device:
+        raise ValueError(f"device={str(device)!r}, but the pool given is on {pool.device}")
+
+
+def _page_bytes(driver: _core.Driver, page_bytes: int | None) -> int:
+    if page_bytes is None:
+        return driver.default_page_bytes()
+    if positive_int(page_bytes, "page_bytes") % driver.granularity():
+        raise ValueError(
+            f"page_bytes={page_bytes} is not a multiple of the granularity of {driver.name()}, "
+            f"which is {driver.granularity()} bytes"
+        )
+    return page_bytes
+
+
 def _layer_specs(
     layers: int | Sequence[LayerSpec],
     kv_heads: int | None,
@@ -410,15 +441,20 @@ def _layer_specs(
     dtype: torch.dtype | None,
     window: int | None,
 ) -> tuple[LayerSpec, ...]:
-    if isinstance(layers, int):
-        if layers <= 0:
-            raise ValueError(f"layers={layers} must be positive")
+    if not isinstance(layers, Sequence):
+        layers = positive_int(layers, "layers")
         if kv_heads is None or head_dim is None or dtype is None:
             raise ValueError("give kv_heads, head_dim and dtype, or a list of LayerSpec")
         return (LayerSpec(kv_heads, head_dim, dtype, window),) * layers
     if (kv_heads, head_dim, dtype, window) != (None, None, None, None):
         raise ValueError("kv_heads, head_dim, dtype and window are part of each LayerSpec given")
     return tuple(layers)
+
+
+def _integer(value: object) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{value!r} is not an integer")
+    return operator.index(value)
 
 
 def _int32(values: Int32Array | torch.Tensor | Sequence[int]) -> Int32Array:
@@ -432,4 +468,7 @@ def _int32(values: Int32Array | torch.Tensor | Sequence[int]) -> Int32Array:
                 f"expected int32, got {values.dtype}; convert it once, outside the loop"
             )
         return np.ascontiguousarray(values)
-    return np.asarray(values, dtype=np.int32)
+    lengths = [_integer(value) for value in values]
+    if lengths and not -(2**31) <= min(lengths) <= max(lengths) < 2**31:
+        raise ValueError(f"{max(lengths, key=abs)} does not fit in int32")
+    return np.asarray(lengths, dtype=np.int32)

@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 
 from vattn import _core
+from vattn.config import positive_int
 
 Order = Literal["token", "head"]
 
@@ -63,10 +64,8 @@ class LayerSpec:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("kv_heads", "head_dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value <= 0:
-                raise ValueError(f"{name}={value!r} must be a positive integer")
+        positive_int(self.kv_heads, "kv_heads")
+        positive_int(self.head_dim, "head_dim")
         if self.head_dim % 8:
             raise ValueError(
                 f"head_dim={self.head_dim} is not a multiple of 8: attention kernels would pad it "
@@ -75,8 +74,8 @@ class LayerSpec:
         if self.dtype not in _DLPACK:
             names = ", ".join(str(d) for d in DTYPES)
             raise ValueError(f"dtype={self.dtype} is not supported; use one of {names}")
-        if self.window is not None and self.window <= 0:
-            raise ValueError(f"window={self.window} must be positive, or None for full attention")
+        if self.window is not None:
+            positive_int(self.window, "window", ", or None for full attention")
 
     @property
     def token_bytes(self) -> int:
@@ -280,15 +279,16 @@ def make_layout(
     """
     if not specs:
         raise ValueError("a cache needs at least one layer")
-    for name, value in (("max_seqs", slots), ("max_tokens", max_tokens)):
-        if value <= 0:
-            raise ValueError(f"{name}={value!r} must be a positive integer")
+    positive_int(slots, "max_seqs")
+    positive_int(max_tokens, "max_tokens")
     if order not in typing.get_args(Order):
         raise ValueError(f'order={order!r} must be "token" or "head"')
-    if layers_per_region is not None and layers_per_region <= 0:
-        raise ValueError(f"layers_per_region={layers_per_region} must be positive, or None for all")
-    if not tiles or any(t <= 0 for t in tiles):
-        raise ValueError(f"kv_tile_tokens={tuple(tiles)} must be positive")
+    if layers_per_region is not None:
+        positive_int(layers_per_region, "layers_per_region", ", or None for all")
+    if not tiles:
+        raise ValueError("kv_tile_tokens is empty; give at least one tile, 1 for no cover")
+    for tile in tiles:
+        positive_int(tile, "kv_tile_tokens")
     groups: dict[LayerSpec, list[int]] = {}
     for layer, spec in enumerate(specs):
         groups.setdefault(spec, []).append(layer)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from vattn import _core
-from vattn.config import env_bytes, parse_bytes
+from vattn.config import env_bytes, parse_bytes, positive_int
 
 # Share of the device's free memory that a pool may take when no budget is given. A GPU serves the
 # model and little else; the host's memory belongs to everybody on it.
@@ -34,18 +34,34 @@ class PoolStats:
     pages_destroyed_total: int
 
 
-def open_driver(device: torch.device, *, strict: bool = False) -> _core.Driver:
-    """The driver for a torch device.
+def parse_device(device: str | torch.device) -> torch.device:
+    """A torch device that a pool can be on.
 
     Raises:
-        ValueError: the device is neither ``cpu`` nor ``cuda``.
+        ValueError: it is not a device, or neither ``cpu`` nor ``cuda``.
+    """
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError):
+        parsed = None
+    if parsed is None or parsed.type not in _DEFAULT_SHARE:
+        raise ValueError(f"device={str(device)!r} is not supported; use cpu or cuda[:n]")
+    if parsed.type == "cuda" and parsed.index is None:
+        # As everywhere in PyTorch, "cuda" is the current device, whichever that is now.
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+        return torch.device("cuda", index)
+    return torch.device("cpu") if parsed.type == "cpu" else parsed
+
+
+def open_driver(device: torch.device, *, strict: bool = False) -> _core.Driver:
+    """The driver for a device that :func:`parse_device` let through.
+
+    Raises:
         DriverError: no usable CUDA driver.
     """
     if device.type == "cpu":
         return _core.host_driver(strict=strict)
-    if device.type == "cuda":
-        return _core.cuda_driver(device=device.index or 0)
-    raise ValueError(f"device={str(device)!r} is not supported; use cpu or cuda")
+    return _core.cuda_driver(device=device.index or 0)
 
 
 def default_budget_bytes(device: str, driver: _core.Driver) -> int:
@@ -81,11 +97,11 @@ class PagePool:
         strict: bool = False,
         driver: _core.Driver | None = None,
     ) -> None:
-        self.device = torch.device(device)
+        self.device = parse_device(device)
         if driver is None:
             driver = open_driver(self.device, strict=strict)
-        if page_bytes is not None and page_bytes <= 0:
-            raise ValueError(f"page_bytes={page_bytes} must be positive")
+        if page_bytes is not None:
+            positive_int(page_bytes, "page_bytes")
         if ahead_bytes < 0:
             raise ValueError(f"ahead_bytes={ahead_bytes} must not be negative")
         if budget_bytes is None:
