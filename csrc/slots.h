@@ -80,8 +80,9 @@ class SlotSpace final : public Reclaimer {
   // the slot's present length on, and sets its length to at least that. All slots or none.
   void ensure(std::span<const std::int32_t> slots, std::span<const std::int32_t> tokens,
               Stream stream);
-  // The same without moving the length: maps ahead of need. Kernels may use the sequences meanwhile,
-  // so one whose next token goes to a page that it shares is left as it is, for ensure() to do.
+  // The same without moving the length: maps ahead of need. Kernels may use the sequences
+  // meanwhile, so one whose next token goes to a page that it shares is left as it is, for ensure()
+  // to do.
   void prepare(std::span<const std::int32_t> slots, std::span<const std::int32_t> tokens,
                Stream stream);
   // Shortens a sequence. Its pages stay mapped until somebody needs them.

@@ -22,7 +22,9 @@ def main() -> None:
     # The only line that differs from plain transformers is this one and its use below.
     cache = vattn.VirtualCache(model.config, max_tokens=1024)
     torch.manual_seed(0)
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=60, do_sample=True)
+    output = model.generate(  # type: ignore[misc]  # its self is typed for another class
+        **inputs, past_key_values=cache, max_new_tokens=60, do_sample=True
+    )
 
     print(tokenizer.decode(output[0], skip_special_tokens=True))
     stats = cache.stats()

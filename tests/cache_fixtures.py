@@ -1,4 +1,4 @@
-"""Fixtures of the cache's tests. A module has them by `pytest_plugins = ("tests.cache_fixtures",)`."""
+"""Fixtures of the cache's tests, for modules that name them in `pytest_plugins`."""
 
 from __future__ import annotations
 

@@ -110,7 +110,8 @@ def token_bytes(
     seed = writer * np.uint32(40503) + token * np.uint32(2654435761) + part * np.uint32(97003)
     position = np.arange(width, dtype=np.uint32) * np.uint32(668265263)
     mixed = (seed[:, None] ^ (seed[:, None] >> np.uint32(15))) + position
-    return (mixed >> np.uint32(11)).astype(np.uint8)
+    out: Bytes = (mixed >> np.uint32(11)).astype(np.uint8)
+    return out
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -145,7 +146,7 @@ def assert_tokens(
             if not np.array_equal(seen, wanted):
                 bad = start + np.flatnonzero((seen != wanted).any(axis=1))
                 raise AssertionError(
-                    f"slot {int(slot)} layer {layer} {which}: tokens {bad.tolist()} differ {context}"
+                    f"slot {int(slot)} layer {layer} {which}: {bad.tolist()} differ {context}"
                 )
 
 

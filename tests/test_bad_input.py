@@ -1,4 +1,4 @@
-"""Bad input to `vattn.KVCache` and `vattn.PagePool`: a message that helps, and nothing has changed."""
+"""Bad input to `KVCache` and `PagePool`: a message that helps, and nothing has changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every call of the driver fails at every position of a script once, and the cache is none the worse.
+"""Every driver call fails at every position of a script once, and the cache is none the worse.
 
 After a failure: a typed error, every sequence as it was, the invariants, and the same operation
 succeeds when it is tried again. At the end of the script all bytes are right and nothing leaked.

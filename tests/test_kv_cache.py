@@ -1,4 +1,4 @@
-"""`vattn.KVCache`: whatever the layout, a sequence has its own bytes. Memory is in test_kv_memory."""
+"""`KVCache`: whatever the layout, a sequence has its own bytes; for memory, test_kv_memory."""
 
 from __future__ import annotations
 

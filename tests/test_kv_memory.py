@@ -111,9 +111,7 @@ def read_tiles(cache: vattn.KVCache, slot: vattn.Slot, tile: int) -> list[torch.
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("tile", [1, 16, 48, 128])
-def test_whole_tiles_are_mapped_and_finite(
-    pool: vattn.PagePool, order: Order, tile: int
-) -> None:
+def test_whole_tiles_are_mapped_and_finite(pool: vattn.PagePool, order: Order, tile: int) -> None:
     cache = make_cache(pool, order=order, tile=(tile, 16))
     assert cache.slot_tokens(0) >= -(-100 // tile) * tile
     slots = [cache.open() for _ in range(2)]
@@ -237,9 +235,7 @@ def test_a_dirty_sequence_may_go_back_and_on(pool: vattn.PagePool) -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("tile", [1, 16])
-def test_a_window_layer_recycles_its_pages(
-    pool: vattn.PagePool, order: Order, tile: int
-) -> None:
+def test_a_window_layer_recycles_its_pages(pool: vattn.PagePool, order: Order, tile: int) -> None:
     window = 40
     specs = layer_specs(pool, 2, window=window)
     cache = make_cache(pool, specs, order=order, max_tokens=2000, tile=tile)

@@ -108,9 +108,13 @@ class CacheMachine(RuleBasedStateMachine):
         """At most so many pages come into use when the sequence grows."""
         cover = -(-max(length, 1) // self.tile) * self.tile
         held = self.cache.tokens(slot) // MAX_TOKENS  # a full one needs none
-        return 0 if held else sum(
-            region.runs * -(-cover * region.token_bytes // self.pool.page_bytes)
-            for region in self.cache.layout.regions
+        return (
+            0
+            if held
+            else sum(
+                region.runs * -(-cover * region.token_bytes // self.pool.page_bytes)
+                for region in self.cache.layout.regions
+            )
         )
 
     def has_open(self) -> bool:

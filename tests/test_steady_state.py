@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Ints = npt.NDArray[np.int64]
 
-# Around every call of CUDA: whose context, and not to disturb a capture. They touch this thread only.
+# Around every call of CUDA: whose context, and not to disturb a capture, for this thread only.
 BOOKKEEPING = ("cuCtxGetCurrent", "cuCtxSetCurrent", "cuThreadExchangeStreamCaptureMode")
 SEQUENCES, ROUNDS = 64, 100
 
@@ -57,7 +57,7 @@ class Calls:
 def serve(
     fake: FakeCuda, contexts: Ints, generated: Ints, *, order: Order, budget_pages: int, reuse: bool
 ) -> Calls:
-    """Runs requests in their order, 64 at a time, a token each a step; a new one for each that ends.
+    """Runs requests in order, 64 at a time, a token each a step; a new one for each that ends.
 
     The engine knows a prompt's length when it opens its sequence, and not how long the answer is.
     """
@@ -101,16 +101,16 @@ def serve(
 
 
 @pytest.mark.parametrize("order", ["token", "head"])
-def test_trace_lengths_in_a_tight_budget(
-    fake_cuda: FakeCuda, order: Order
-) -> None:
+def test_trace_lengths_in_a_tight_budget(fake_cuda: FakeCuda, order: Order) -> None:
     trace = trace_lengths(SEQUENCES * ROUNDS)
     peak = serve(fake_cuda, *trace, order=order, budget_pages=10**6, reuse=True).peak_pages
     budget = peak * 11 // 10
     reused = serve(fake_cuda, *trace, order=order, budget_pages=budget, reuse=True)
     fresh = serve(fake_cuda, *trace, order=order, budget_pages=budget, reuse=False)
-    print(f"\n{order}: memory calls {reused.memory} against {fresh.memory} without reuse, "
-          f"{reused.memory / fresh.memory:.3f}; all calls {reused.all_real / fresh.all_real:.3f}")  # fmt: skip
+    print(
+        f"\n{order}: memory calls {reused.memory} against {fresh.memory} without reuse, "
+        f"{reused.memory / fresh.memory:.3f}; all calls {reused.all_real / fresh.all_real:.3f}"
+    )
     assert reused.memory <= 0.5 * fresh.memory
     assert reused.all_real <= 0.5 * fresh.all_real
     assert reused.peak_pages == fresh.peak_pages == peak

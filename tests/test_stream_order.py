@@ -7,7 +7,7 @@ unfinished kernel; `fake_cuda` asserts at the end that the log is empty.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import pytest
 
@@ -38,7 +38,7 @@ class Device:
         self.one, self.two = self.driver.create_stream(), self.driver.create_stream()
         self.pool = make_pool(self.driver, pages=pages)
 
-    def __enter__(self) -> Device:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -183,7 +183,7 @@ def test_pages_that_left_a_window_wait_for_their_readers(device: Device, tile: i
 
 
 def test_a_window_that_moves_without_growing(device: Device) -> None:
-    """Steps inside prepared pages leave nothing; the next step that grows must not recycle at once."""
+    """Steps inside prepared pages leave nothing; the next that grows must not recycle at once."""
     with device:
         cache = make_cache(device.pool, layer_specs(device.pool, window=8), max_tokens=400)
         slot = int(cache.open())

@@ -1,0 +1,101 @@
+"""Bytes that a layout takes beyond the tokens: page tails and tile cover, for given lengths."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from bench.common import Json
+from vattn.kv.layout import Region
+
+Lengths = npt.NDArray[np.int64]
+
+# Of the conversation trace of the Azure LLM inference data (2023): the draw without a trace.
+_CONTEXT = (1155.0, 1020.0)  # mean, median
+_GENERATED = (211.0, 129.0)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Physical bytes of one set of sequences, as ``KVCache.stats()`` counts them."""
+
+    token_bytes: int
+    live_bytes: int
+    cover_bytes: int
+
+    @property
+    def live_share(self) -> float:
+        """Token bytes / physical bytes, cover apart."""
+        return self.token_bytes / self.live_bytes
+
+    @property
+    def cover_share(self) -> float:
+        """Cover / physical bytes without it."""
+        return self.cover_bytes / self.live_bytes
+
+    @property
+    def tail_bytes(self) -> int:
+        return self.live_bytes - self.token_bytes
+
+    def as_json(self) -> Json:
+        return {
+            "token_bytes": self.token_bytes,
+            "live_bytes": self.live_bytes,
+            "cover_bytes": self.cover_bytes,
+            "tail_bytes": self.tail_bytes,
+            "live_share": self.live_share,
+            "cover_share": self.cover_share,
+        }
+
+
+def footprint(
+    regions: Sequence[Region], page_bytes: int, tiles: Sequence[int], lengths: Lengths
+) -> Footprint:
+    """What sequences of these lengths take, each in a slot of its own."""
+    covered_tokens = np.max([-(-lengths // tile) * tile for tile in tiles], axis=0)
+    tokens = live = covered = 0
+    for region in regions:
+        tokens += region.runs * int(np.sum(lengths * region.token_bytes))
+        live += region.runs * _whole_pages(lengths * region.token_bytes, page_bytes)
+        covered += region.runs * _whole_pages(covered_tokens * region.token_bytes, page_bytes)
+    return Footprint(tokens, live, covered - live)
+
+
+def _whole_pages(sizes: Lengths, page_bytes: int) -> int:
+    return int(np.sum(-(-sizes // page_bytes))) * page_bytes
+
+
+def read_lengths(path: Path) -> Lengths:
+    """Final lengths, context plus generated tokens, of a trace (csv or csv.gz).
+
+    Raises:
+        ValueError: no columns ContextTokens and GeneratedTokens, or no rows.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", newline="") as file:
+        rows = csv.DictReader(file)
+        if not {"ContextTokens", "GeneratedTokens"} <= set(rows.fieldnames or ()):
+            raise ValueError(f"{path} has no columns ContextTokens and GeneratedTokens")
+        found = [int(row["ContextTokens"]) + int(row["GeneratedTokens"]) for row in rows]
+    if not found:
+        raise ValueError(f"{path} has no requests")
+    return np.array(found, dtype=np.int64)
+
+
+def draw_lengths(requests: int = 4000, seed: int = 0) -> Lengths:
+    """Log-normal context and generated lengths with the means and medians of a real trace."""
+    random = np.random.default_rng(seed)
+
+    def draw(mean: float, median: float) -> Lengths:
+        sigma = math.sqrt(2 * math.log(mean / median))
+        values = random.lognormal(math.log(median), sigma, requests)
+        return np.maximum(1, np.rint(values)).astype(np.int64)
+
+    return draw(*_CONTEXT) + draw(*_GENERATED)
