@@ -101,7 +101,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert most_pages is None or most_pages > available
         except ValueError as error:  # a window layer no longer holds what the prefix needs
             assert self.window is not None
-            assert "cannot go back" in str(error)  # noqa: PT017
+            assert "cannot go back" in str(error)
         return None
 
     def pages(self, slot: int, length: int) -> int:
