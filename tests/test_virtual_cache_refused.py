@@ -151,3 +151,16 @@ def test_layers_move_together() -> None:
         small_cache().stats()
     with pytest.raises(ValueError, match="no memory before"):
         small_cache().memory_map()
+
+
+def test_a_forward_that_was_cut_short_is_not_continued() -> None:
+    """Ctrl-C after the first layer: the others would stay a token behind for good."""
+    cache = small_cache()
+    step(cache, 1, 5)
+    for _ in range(2):  # the first layer of two steps, and nothing more
+        cache.update(states(1, 1), states(1, 1), 0)
+    with pytest.raises(ValueError, match=r"layer 1 holds 5 tokens.*reset\(\), or crop\(\)"):
+        cache.update(states(1, 1), states(1, 1), 1)
+    cache.crop(-2)
+    step(cache, 1, 1)
+    assert {cache.get_seq_length(layer) for layer in range(len(cache.layers))} == {6}
