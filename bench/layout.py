@@ -70,7 +70,7 @@ DEFAULTS: dict[str, Json] = {
         "batches": [1, 8],
         "queries": [1],
         "budget_s": 240.0,
-        "max_gib": 2.0,
+        "max_gib": 6.0,
         "pairs": 21,
     },
 }
@@ -92,7 +92,7 @@ def measure_layouts(args: argparse.Namespace, bench: Bench, lengths: Lengths) ->
             tiles=bench.tiles,
         )
         found = footprint(layout.regions, choice.page_bytes, bench.tiles, lengths)
-        growth = bench.growth(choice, min(args.growth_tokens, *args.lengths, 1 << 20))
+        growth = bench.growth(choice, min(args.growth_tokens, max(args.lengths)))
         rows.append(asdict(choice) | found.as_json() | {"growth": growth})
     return rows
 

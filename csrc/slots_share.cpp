@@ -214,10 +214,7 @@ void SlotSpace::stage_tails(std::vector<Move>& moves, Stream stream, DeviceLock&
     for_tails(slots_[move.to].tokens,
               [&](const Region&, std::uint32_t, std::size_t bytes) { total += bytes; });
   }
-  if (scratch_fence_) {
-    scratch_fence_->order_before(stream);
-    if (total > scratch_.bytes()) scratch_fence_->wait();
-  }
+  if (scratch_fence_ && total > scratch_.bytes()) scratch_fence_->wait();
   const Address base = scratch_.require(total, lock);
   for (Move& move : moves) {
     Address at = move.staged += base;
@@ -357,6 +354,8 @@ void SlotSpace::assign(std::span<const std::int32_t> destinations,
       if (slots_[slot].fence) slots_[slot].fence->order_before(stream);
     }
   }
+  // Before anything can fail: the fence that a failure leaves implies this one.
+  if (scratch_fence_) scratch_fence_->order_before(stream);
   with_mappings(lock, [&] { reorder(moves, stream, lock); });
   for (const Move& move : moves) {
     Slot& to = slots_[move.to];
