@@ -82,6 +82,7 @@ class HostDriver final : public Driver {
   std::size_t mappings_around(Address base, std::size_t bytes) const;
   static std::atomic<std::size_t>& process_mappings();
 
+  int write_zeros(std::uint64_t offset, std::size_t bytes);
   std::uint64_t take_offsets(std::size_t bytes, Address home);
   void give_offsets(std::uint64_t offset, std::size_t bytes);
   std::uint64_t home_offset(Address address, std::size_t bytes) const;
@@ -92,7 +93,9 @@ class HostDriver final : public Driver {
   void split_extent_at(Address address);
 
   const HostOptions options_;
+  static constexpr std::size_t kZeroBytes = std::size_t{1} << 20;
   int fd_ = -1;
+  void* zeros_ = nullptr;
   std::size_t map_limit_ = 0;  // vm.max_map_count, less what the process had when we started
 
   mutable std::mutex mutex_;
