@@ -29,7 +29,13 @@ from bench.common import (
 )
 from bench.ensure import find_native, measure_ensure_many, run_native
 from bench.provenance import ROOT, gpu_missing
-from bench.vmm_ops import measure_bare_map, measure_device_touch, measure_host_touch, measure_ops
+from bench.vmm_ops import (
+    BARE_KINDS,
+    measure_bare_map,
+    measure_device_touch,
+    measure_host_touch,
+    measure_ops,
+)
 from vattn import DriverError, _core
 
 MIB = 1 << 20
@@ -101,20 +107,20 @@ def run_ops(drivers: dict[str, _core.Driver], args: argparse.Namespace) -> list[
 def run_bare(args: argparse.Namespace) -> list[Json]:
     pages = [size for size in args.pages or (16 << 10, 64 << 10, 2 * MIB) if size % 4096 == 0]
     results = [
-        measure_bare_map(page, run, scattered, args.pairs).as_json()
+        measure_bare_map(page, run, kind, args.pairs).as_json()
         for page in pages
         for run in args.runs
-        for scattered in ((False, True) if run > 1 else (False,))
-        if page * run <= 64 * MIB
+        for kind in BARE_KINDS
+        if page * run <= 64 * MIB and (run > 1 or kind != "scattered")
     ]
     print_table(
-        "host: map of a run of existing pages against the bare mmap calls (MAP_POPULATE)",
+        "host: map of a run against the bare mmap calls (MAP_POPULATE); new: never mapped before",
         ["page", "run", "pages", "mmaps", "driver us", "bare us", "slowdown", "from Python"],
         [
             [
                 short_bytes(r["page_bytes"]),
                 r["run_pages"],
-                "scattered" if r["scattered"] else "neighbours",
+                r["kind"],
                 r["mmap_calls"],
                 r["driver_us"],
                 r["bare_us"],
@@ -168,22 +174,11 @@ def run_ensure(args: argparse.Namespace, devices: Sequence[str]) -> Json:
 
 def make_targets(results: Json) -> list[Target]:
     targets = []
-    bare = [r["slowdown"] for r in results["bare_map"]]
-    if bare:
-        worst = max(bare)
-        targets.append(
-            Target("host map / bare mmap, worst of the grid", worst, 1.3, "x", at_least=False)
-        )
-    costs = {
-        (r["page_bytes"], r["run_pages"], r["op"]): r["run_us_per_page"]
-        for r in results["operations"]
-        if r["driver"] == "host"
-    }
-    first = [us / costs[p, n, "remap"] for (p, n, op), us in costs.items() if op == "map"]
-    if first:
-        name = "host first map of created pages / a later map, worst"
-        note = "1: create has paid for the first touch"
-        targets.append(Target(name, max(first), 1.3, "x", at_least=False, note=note))
+    for what, kinds in (("existing", ("neighbours", "scattered")), ("new", ("new",))):
+        bare = [r["slowdown"] for r in results["bare_map"] if r["kind"] in kinds]
+        if bare:
+            name = f"host map of {what} pages / bare mmap, worst of the grid"
+            targets.append(Target(name, max(bare), 1.3, "x", at_least=False))
     native = results["ensure"]["native"]
     nanoseconds = None if native is None else float(native["ensure_ns_per_sequence"])
     note = "" if native else "vattn_ensure_bench is not built"

@@ -147,13 +147,18 @@ def _one_by_one(
 # The host against bare system calls ---------------------------------------------------------------
 
 
+# "neighbours" and "scattered" (one mmap per stretch) are pages that were mapped before; "new" are
+# neighbours that were just created and never mapped, on both sides with their first touch paid.
+BARE_KINDS = ("neighbours", "scattered", "new")
+
+
 @dataclass(frozen=True)
 class BareMap:
     """The host driver's map of a run against the bare ``mmap`` calls for the same pages."""
 
     page_bytes: int
     run_pages: int
-    scattered: bool  # pages in no order: one mmap each; else one mmap for all
+    kind: str  # one of BARE_KINDS
     mmap_calls: int
     driver_us: float
     bare_us: float
@@ -164,17 +169,16 @@ class BareMap:
         return asdict(self)
 
 
-def measure_bare_map(page_bytes: int, run_pages: int, scattered: bool, rounds: int) -> BareMap:
+def measure_bare_map(page_bytes: int, run_pages: int, kind: str, rounds: int) -> BareMap:
     """Maps the same run of existing pages by the driver and by bare calls, alternately."""
     driver = _core.host_driver()
     meter = _Meter(driver)
     size = run_pages * page_bytes
     order = list(range(run_pages))
-    if scattered:
+    if kind == "scattered":
         random.Random(run_pages).shuffle(order)
     base = driver.reserve(size, driver.granularity())
-    created = driver.create(run_pages, page_bytes)
-    pages = [created[i] for i in order]
+    pages = driver.create(run_pages, page_bytes)
     inside: list[float] = []
     outside: list[float] = []
     bare_s: list[float] = []
@@ -183,16 +187,25 @@ def measure_bare_map(page_bytes: int, run_pages: int, scattered: bool, rounds: i
         calls = bare.calls_of_map(order)
 
         def ours() -> None:
-            start = meter("map", lambda: outside.append(wall_clock(mapped)))
-            inside.append(start[0])
+            if kind == "new":
+                driver.destroy(pages, page_bytes)
+                pages[:] = driver.create(run_pages, page_bytes)
+            run = [pages[i] for i in order]
+
+            def mapped() -> None:
+                driver.map(base, run, page_bytes)
+
+            seconds, _ = meter("map", lambda: outside.append(wall_clock(mapped)))
+            inside.append(seconds)
             driver.unmap(base, size)
 
-        def mapped() -> None:
-            driver.map(base, pages, page_bytes)
-
         def theirs() -> None:
+            if kind == "new":
+                bare.renew()
             bare_s.append(timed_map_calls(bare.fd, calls))
             bare.unmap(run_pages)
+            if kind == "new":
+                bare.renew()
             bare_outside.append(wall_clock(lambda: bare.map(order)))
             bare.unmap(run_pages)
 
@@ -200,13 +213,13 @@ def measure_bare_map(page_bytes: int, run_pages: int, scattered: bool, rounds: i
             first, second = (ours, theirs) if i % 2 else (theirs, ours)
             first()
             second()
-    driver.destroy(created, page_bytes)
+    driver.destroy(pages, page_bytes)
     driver.release(base, size)
     pairs = summarize_pairs(inside, bare_s)
     return BareMap(
         page_bytes=page_bytes,
         run_pages=run_pages,
-        scattered=scattered,
+        kind=kind,
         mmap_calls=len(calls),
         driver_us=pairs.base_us,
         bare_us=pairs.candidate_us,

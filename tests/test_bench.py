@@ -60,8 +60,9 @@ def test_vmm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert operations["map", 4]["run_api_calls"] == 1
     assert operations["map", 4]["single_api_calls"] == 4
     assert all(r["run_us_per_page"] > 0 for r in results["operations"] if r["op"] != "set_access")
-    assert {(r["run_pages"], r["scattered"]) for r in results["bare_map"]} == {
-        *((1, False), (4, False), (4, True))
+    assert {(r["run_pages"], r["kind"]) for r in results["bare_map"]} == {
+        *((1, "neighbours"), (1, "new")),
+        *((4, "neighbours"), (4, "scattered"), (4, "new")),
     }
     assert {r["what"] for r in results["ensure"]["python"]} == {
         *("same lengths", "one more token each"),

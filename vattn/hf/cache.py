@@ -13,7 +13,8 @@ from vattn.hf.compat import DummyLayer
 from vattn.hf.configs import longest_sequence, read_layers
 from vattn.hf.layer import VirtualLayer
 from vattn.hf.rows import Options, Rows
-from vattn.kv.cache import Int32Array, KVCache
+from vattn.kv.arrays import Int32Array
+from vattn.kv.cache import KVCache
 from vattn.kv.layout import Order
 from vattn.kv.pool import PagePool
 from vattn.kv.report import CacheStats, MemoryMap

@@ -151,7 +151,7 @@ class VirtualLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return layer
 
     def _of_the_cache(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError("the layers of a VirtualCache share rows; call this on the cache")
+        raise TypeError("the layers of a VirtualCache share rows; call this on the cache")
 
     reset = reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _of_the_cache
     offload = prefetch = _of_the_cache

@@ -11,7 +11,8 @@ import torch
 
 from vattn.config import parse_bytes
 from vattn.hf.configs import LayerPlan
-from vattn.kv.cache import Int32Array, KVCache
+from vattn.kv.arrays import Int32Array
+from vattn.kv.cache import KVCache
 from vattn.kv.layout import LayerSpec, Order
 from vattn.kv.pool import PagePool, parse_device
 

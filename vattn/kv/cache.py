@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from vattn import _core
 from vattn.config import positive_int
+from vattn.kv.arrays import Int32Array, as_int32, as_integer
 from vattn.kv.layout import DEFAULTS, LayerSpec, Layout, Order, make_layout
 from vattn.kv.pool import PagePool, default_budget_bytes, open_driver, parse_device
 from vattn.kv.report import CacheStats, MemoryMap, SlotMap
@@ -20,8 +19,6 @@ from vattn.kv.report import CacheStats, MemoryMap, SlotMap
 # Tiles of the FlashAttention kernels in use on a GPU, by head size and dtype. SDPA on a CPU reads
 # exactly what it is given.
 DEFAULT_TILES: dict[str, tuple[int, ...]] = {"cpu": (1,), "cuda": (128, 176, 192, 224)}
-
-Int32Array: TypeAlias = npt.NDArray[np.int32]
 
 
 class Slot:
@@ -207,7 +204,7 @@ class KVCache:
             tokens: int32 ``[n]`` lengths.
             stream: raw CUDA stream that the kernels will run on; None for torch's current one.
         """
-        self._slots.ensure_many(self._slot_array(slots), _int32(tokens), self._stream(stream))
+        self._slots.ensure_many(self._slot_array(slots), as_int32(tokens), self._stream(stream))
 
     def prepare(
         self,
@@ -223,7 +220,7 @@ class KVCache:
             change.
         """
         return self._slots.prepare_async(
-            self.pool.mapper, self._slot_array(slots), _int32(tokens), self._stream(stream)
+            self.pool.mapper, self._slot_array(slots), as_int32(tokens), self._stream(stream)
         )
 
     def truncate(self, slot: SlotLike, tokens: int, *, stream: int | None = None) -> None:
@@ -385,18 +382,18 @@ class KVCache:
             if self._slots.generation(slot.index) != slot._generation:
                 raise ValueError(f"{slot} was released; open a new sequence")
             return slot.index
-        index = _integer(slot)
+        index = as_integer(slot)
         if not 0 <= index < self.max_seqs:
             raise ValueError(f"slot {index} is not one of the {self.max_seqs} slots of this cache")
         return index
 
     def _slot_array(self, slots: Int32Array | torch.Tensor | Sequence[SlotLike]) -> Int32Array:
         if isinstance(slots, (np.ndarray, torch.Tensor)):
-            return _int32(slots)
+            return as_int32(slots)
         return np.fromiter((self._index(s) for s in slots), dtype=np.int32)
 
     def _check_layer(self, layer: int) -> None:
-        _integer(layer)
+        as_integer(layer)
         if not 0 <= layer < len(self.specs):
             raise ValueError(f"layer {layer} is not one of the {len(self.specs)} layers")
 
@@ -449,26 +446,3 @@ def _layer_specs(
     if (kv_heads, head_dim, dtype, window) != (None, None, None, None):
         raise ValueError("kv_heads, head_dim, dtype and window are part of each LayerSpec given")
     return tuple(layers)
-
-
-def _integer(value: object) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{value!r} is not an integer")
-    return operator.index(value)
-
-
-def _int32(values: Int32Array | torch.Tensor | Sequence[int]) -> Int32Array:
-    if isinstance(values, torch.Tensor):
-        if values.device.type != "cpu":
-            raise TypeError(f"expected a CPU tensor, got one on {values.device}")
-        values = values.numpy()
-    if isinstance(values, np.ndarray):
-        if values.dtype != np.int32:
-            raise TypeError(
-                f"expected int32, got {values.dtype}; convert it once, outside the loop"
-            )
-        return np.ascontiguousarray(values)
-    lengths = [_integer(value) for value in values]
-    if lengths and not -(2**31) <= min(lengths) <= max(lengths) < 2**31:
-        raise ValueError(f"{max(lengths, key=abs)} does not fit in int32")
-    return np.asarray(lengths, dtype=np.int32)
