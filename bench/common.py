@@ -195,15 +195,20 @@ def _cell(value: object) -> str:
 def report(
     benchmark: str, settings: Mapping[str, Any], results: Any, targets: Sequence[Target] = ()
 ) -> Json:
-    """A benchmark's JSON document: where it comes from, what it found, what it should find."""
+    """A benchmark's JSON document: where it comes from, what it found, what it should find.
+
+    Files are given by name only: folders mean nothing on another machine.
+    """
     return {
         "benchmark": benchmark,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": versions(),
         "commit": git_commit(),
         "machine": machine(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "settings": dict(settings),
+        "command": [Path(word).name if "/" in word else word for word in sys.argv],
+        "settings": {
+            key: value.name if isinstance(value, Path) else value for key, value in settings.items()
+        },
         "results": results,
         "targets": [target.as_json() for target in targets],
     }

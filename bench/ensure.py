@@ -38,7 +38,7 @@ def run_native(path: Path) -> Json:
     """Runs it; its standard output is one JSON object with ``ensure_ns_per_sequence``."""
     out = subprocess.run([path, "--json"], capture_output=True, text=True, timeout=120, check=True)
     found: Json = json.loads(out.stdout)
-    return found | {"path": str(path)}
+    return found | {"binary": path.name}
 
 
 def measure_ensure_many(device: str, sequences: int, rounds: int) -> list[Json]:

@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "kernels": [kernel.label for kernel in kernels],
         "missing_kernels": missing,
         "trace": {
-            "source": str(args.trace or "synthetic log-normal draw"),
+            "source": args.trace.name if args.trace else "synthetic log-normal draw",
             "requests": len(lengths),
             "mean_tokens": float(lengths.mean()),
             "layouts": layout_rows,

@@ -165,7 +165,7 @@ def run_ensure(args: argparse.Namespace, devices: Sequence[str]) -> Json:
     for device in devices:
         found["python"] += measure_ensure_many(device, args.sequences, args.pairs)
     print_table(
-        f"ensure that needs nothing (native: {native or 'vattn_ensure_bench is not built'})",
+        f"ensure that needs nothing (native: {native or 'not built'})",
         ["device", "what", "sequences", "us", "best us"],
         [[r["device"], r["what"], r["sequences"], r["us"], r["best_us"]] for r in found["python"]],
     )
