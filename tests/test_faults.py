@@ -122,6 +122,7 @@ class Script:
         for tokens in range(cache.tokens(d) + 1, 120, 3):  # with a window: pages come back
             grow(d, tokens, two)
         seqs.check("after decode")
+        attempt(lambda: seqs.assign([d], [c]))  # whose tail ends in the middle of what d holds
 
         attempt(lambda: cache.mark_dirty(b))
         attempt(lambda: seqs.release(b, stream=one))

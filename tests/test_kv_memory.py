@@ -246,6 +246,8 @@ def test_a_window_layer_recycles_its_pages(pool: vattn.PagePool, order: Order, t
         for layer in range(2):
             for view in cache.view(a, layer):
                 view[-1] = tokens
+        # What the step's one query can see, from the tile on that this begins in.
+        assert cache.first_token(a, 0) <= max(0, tokens - window) // tile * tile
         if tokens == 500:
             created = pool.stats().created_bytes
     runs = sum(region.runs for region in cache.layout.regions)

@@ -101,6 +101,25 @@ def test_a_slot_is_taken_over_after_its_last_kernel(device: Device) -> None:
         seqs.cache.close()
 
 
+def test_a_fork_takes_a_slot_over_after_its_last_kernel(device: Device) -> None:
+    with device:
+        seqs = Sequences(make_cache(device.pool))
+        a, b = seqs.new(5), seqs.new(5)  # less than a page: the fork's tail goes to b's page
+        device.fake.hold(device.one)
+        device.kernel(seqs.cache, b, device.one)
+        seqs.release(b, stream=device.one)
+        child = int(seqs.cache.fork(a, stream=device.two))
+        assert child == b
+        device.kernel(seqs.cache, child, device.two)
+        assert device.fake.pending(device.two) == 3  # a wait, a copy, the kernel
+        assert device.fake.calls("cuMemUnmap") == 0
+        device.fake.release(device.one)
+        assert device.fake.pending(device.two) == 0
+        seqs.writers[child] = seqs.writers[a][:]
+        seqs.check()
+        seqs.end()
+
+
 def test_the_same_stream_needs_no_event(device: Device) -> None:
     with device:
         cache = make_cache(device.pool)
