@@ -1,0 +1,1 @@
+"""Continuous batching: scheduler, memory manager, runner, sampler, and the loop over them."""

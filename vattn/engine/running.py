@@ -1,0 +1,84 @@
+"""The requests that run, sorted the way steps need them, and sorted anew only when they change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from vattn.engine.policy import by_slot
+from vattn.request import Request, Status
+
+
+class RunningSet:
+    """Requests with a slot that are computed, step by step.
+
+    Args:
+        order: of a request among them; the largest gives way first.
+    """
+
+    def __init__(self, order: Callable[[Request], Any]) -> None:
+        self._order = order
+        self._members: dict[str, Request] = {}  # by id
+        self._decodes: list[Request] = []
+        self._prefills: list[Request] = []
+        self._is_sorted = True
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._members.values())
+
+    @property
+    def decodes(self) -> list[Request]:
+        """Those with one token to compute, or in flight, by slot. Changes make a new list."""
+        if not self._is_sorted:
+            self._sort()
+        return self._decodes
+
+    @property
+    def prefills(self) -> list[Request]:
+        """Those with more to compute, in order. Changes make a new list."""
+        if not self._is_sorted:
+            self._sort()
+        return self._prefills
+
+    def _sort(self) -> None:
+        members = self._members.values()
+        decodes = [r for r in members if r.computed + 1 >= len(r.tokens)]
+        prefills = [r for r in members if r.computed + 1 < len(r.tokens)]
+        self._decodes = sorted(decodes, key=by_slot)
+        self._prefills = sorted(prefills, key=self._order)
+        self._is_sorted = True
+
+    def last(self) -> Request:
+        """The last in order."""
+        return max(self._members.values(), key=self._order)
+
+    def add(self, request: Request) -> None:
+        """Starts a request that has a slot."""
+        request.status = Status.RUNNING
+        self._members[request.id] = request
+        self._is_sorted = False
+
+    def remove(self, request: Request) -> None:
+        """Takes one out; its slot may be taken after that."""
+        del self._members[request.id]
+        self._is_sorted = False
+
+    def advance(self, request: Request, tokens: int) -> None:
+        """Counts a chunk of a prefill as computed."""
+        request.computed += tokens
+        if request.uncomputed <= 1:
+            self._is_sorted = False  # it decodes from now on
+
+    def check(self) -> None:
+        """Verifies status and lists."""
+        assert all(self._members[r.id] is r for r in self), self._members
+        assert all(r.status is Status.RUNNING for r in self), self._members
+        if self._is_sorted:
+            assert {*self._decodes, *self._prefills} == set(self), self._members
+            assert self._decodes == sorted(self._decodes, key=by_slot), self._decodes
+            assert all(r.uncomputed <= 1 for r in self._decodes), self._decodes
+            assert all(r.uncomputed > 1 for r in self._prefills), self._prefills
+            assert self._prefills == sorted(self._prefills, key=self._order), self._prefills

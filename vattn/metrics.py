@@ -1,0 +1,32 @@
+"""What an engine tells about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Figures of an engine at one moment.
+
+    ``num_running`` and ``num_waiting`` are requests now; the rest counts since the start. Hits and
+    queries of the prefix cache are counted in prompt tokens. ``cache`` holds the figures of the KV
+    cache (:class:`vattn.kv.report.CacheStats`).
+    """
+
+    num_running: int
+    num_waiting: int
+    num_preemptions: int
+    num_steps: int
+    prompt_tokens: int
+    generation_tokens: int
+    finished: dict[str, int]
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    requests_reopened: int
+    requests_forked: int
+    requests_swapped_out: int
+    requests_swapped_in: int
+    swap_used_bytes: int
+    cache: Any
