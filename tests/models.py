@@ -14,13 +14,16 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
     PreTrainedConfig,
     Qwen3Config,
+    StableLmConfig,
 )
 
 from vattn import PagePool, VirtualCache
@@ -83,7 +86,9 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 FAMILIES = tuple(CONFIGS)
 
 
-def make_model(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32) -> Any:
+def make_model(
+    config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+) -> Any:
     """A model with random weights, the same each time.
 
     Freshly initialised weights are so small that every text looks alike: whatever is cached, the
@@ -92,7 +97,7 @@ def make_model(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32) 
     """
     torch.manual_seed(7)
     model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        config, attn_implementation="sdpa"
+        config, attn_implementation=attention
     )
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -209,3 +214,32 @@ def step(cache: Any, rows: int, tokens: int, seed: int = 0) -> list[torch.Tensor
     if isinstance(cache, VirtualCache):
         cache.check()
     return out
+
+
+# For the engine only ------------------------------------------------------------------------------
+
+# What SDPA's own interface in transformers cannot compute, and arguments passed in other ways.
+ENGINE_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    **CONFIGS,
+    "gemma2": lambda: Gemma2Config(
+        **_COMMON,
+        sliding_window=WINDOW,
+        attn_logit_softcapping=2.0,
+        query_pre_attn_scalar=16,
+    ),
+    "gpt_oss": lambda: GptOssConfig(
+        **_COMMON, sliding_window=WINDOW, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "multi_query": lambda: LlamaConfig(**{**_COMMON, "num_key_value_heads": 1}),
+    "stablelm": lambda: StableLmConfig(**{k: v for k, v in _COMMON.items() if k != "head_dim"}),
+}
+
+
+def engine_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of one of the ENGINE_CONFIGS, with eager attention; the caller's own."""
+    model = make_model(ENGINE_CONFIGS[family](), dtype=dtype, attention="eager")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("sinks"):
+                weight.normal_(0.0, 2.0)
+    return model
