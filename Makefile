@@ -22,7 +22,7 @@ STAMP_DEV := $(VENV)/.stamp-dev
 CONFIGURE = $(CMAKE) -S . -G Ninja -DVATTN_BUILD_TESTS=ON \
 	-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 
-.PHONY: help demo test dev lint format fake stress test-sanitize gpu-check bench clean
+.PHONY: help demo test dev lint format fake stress test-sanitize soak gpu-check bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -32,12 +32,13 @@ help:
 	@echo "make lint           ruff, mypy, clang-format; make format rewrites the files"
 	@echo "make fake           the fake CUDA driver, $(FAKE)"
 	@echo "make test-sanitize  the C++ stress test under TSan and under ASan+UBSan (also: make stress)"
+	@echo "make soak           10,000 random requests with faults, cancellations and moving budgets"
 	@echo "make gpu-check      everything that a GPU can show; needs no network"
 	@echo "make bench          the benchmarks, tables and results/*.json"
 	@echo "make clean          remove build products; rm -r $(VENV) removes the environment too"
 
 demo: $(STAMP_BASE)
-	$(BIN)/vattn generate --max-tokens 220 --memory-map --stats
+	$(BIN)/vattn generate --max-tokens 220 --min-tokens 220 --memory-map --stats
 
 test: lint fake
 	$(BIN)/python -m pytest
@@ -64,6 +65,9 @@ fake: $(STAMP_DEV)
 stress: test-sanitize
 
 test-sanitize: run-tsan run-asan
+
+soak: fake
+	$(BIN)/python -m tests.soak
 
 # TSan needs its shadow ranges free, which kernels with much address randomization do not grant;
 # setarch -R switches it off, and where that is forbidden the test runs as it is.

@@ -2,6 +2,7 @@
 
 Doors into one memory core; see docs/design.md:
 
+* :class:`LLM`: many requests at once through a transformers model.
 * :class:`KVCache`: virtual K and V tensors, for people with a kernel or a policy of their own.
 * :class:`VirtualCache`: a transformers cache for ``model.generate(past_key_values=...)``.
 * :class:`PagePool`: the physical memory of a device, which caches can share.
@@ -12,14 +13,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vattn._core import DriverError, InvariantError, OutOfPages, OutOfSlots
+from vattn._core import DriverError, InvariantError, OutOfPages, OutOfSlots, PagesGone
 
 if TYPE_CHECKING:
+    from vattn.engine.outputs import OutputKind
     from vattn.hf.cache import VirtualCache
-    from vattn.kv.cache import KVCache, Slot
+    from vattn.kv.cache import KVCache
     from vattn.kv.layout import LayerSpec
     from vattn.kv.pool import PagePool, PoolStats
     from vattn.kv.report import CacheStats, MemoryMap, PageState, SlotMap
+    from vattn.kv.slots import Slot
+    from vattn.llm import LLM
+    from vattn.metrics import EngineStats
+    from vattn.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
 
 __version__ = "0.1.0"
 
@@ -27,29 +33,44 @@ __version__ = "0.1.0"
 # is imported when it is first asked for.
 _HOMES = {
     "CacheStats": "vattn.kv.report",
+    "CompletionOutput": "vattn.request",
+    "EngineStats": "vattn.metrics",
     "KVCache": "vattn.kv.cache",
+    "LLM": "vattn.llm",
     "LayerSpec": "vattn.kv.layout",
+    "Logprob": "vattn.request",
     "MemoryMap": "vattn.kv.report",
+    "OutputKind": "vattn.engine.outputs",
     "PagePool": "vattn.kv.pool",
     "PageState": "vattn.kv.report",
     "PoolStats": "vattn.kv.pool",
-    "Slot": "vattn.kv.cache",
+    "RequestOutput": "vattn.request",
+    "SamplingParams": "vattn.request",
+    "Slot": "vattn.kv.slots",
     "SlotMap": "vattn.kv.report",
     "VirtualCache": "vattn.hf.cache",
 }
 
 __all__ = [
+    "LLM",
     "CacheStats",
+    "CompletionOutput",
     "DriverError",
+    "EngineStats",
     "InvariantError",
     "KVCache",
     "LayerSpec",
+    "Logprob",
     "MemoryMap",
     "OutOfPages",
     "OutOfSlots",
+    "OutputKind",
     "PagePool",
     "PageState",
+    "PagesGone",
     "PoolStats",
+    "RequestOutput",
+    "SamplingParams",
     "Slot",
     "SlotMap",
     "VirtualCache",

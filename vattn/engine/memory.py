@@ -1,0 +1,399 @@
+"""Who gets which slot and which pages: prefix hits, forks, preemption, eviction, budgets.
+
+A finished sequence is *kept*: its slot is free, yet remembers its tokens, and costs nothing that
+somebody else could not take. So the prefix cache is the set of kept slots, and there are more slots
+than sequences may run at once, since a slot is only a range of addresses. A new sequence that
+begins with the tokens of a kept or running slot
+
+* reopens a kept slot in place, where nothing worth keeping lies behind the shared prefix: a
+  follow-up turn of a conversation, without any call of the driver; or else
+* forks it: full pages are shared, the partial tail is copied.
+
+Eviction is the pool's: it takes pages from the kept slots that were used longest ago, tail first,
+whenever somebody needs them, and before anybody is preempted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from vattn._core import DriverError, OutOfPages, PagesGone, Ticket
+from vattn.engine.scheduler import NeverFits
+from vattn.kv.cache import KVCache
+from vattn.kv.prefix import PrefixIndex, common
+from vattn.kv.swap import Saved, SwapSpace
+from vattn.request import FinishReason, Request, Status
+
+# Sharing less than this by a fork costs more calls than computing it again.
+MIN_FORK_TOKENS = 16
+# A request waits for another to compute a prefix that is at least so much longer than what it has.
+MIN_WAIT_TOKENS = 64
+# Share of the budget that admissions leave to the growth of those that run, as in vLLM.
+WATERMARK = 0.01
+
+
+@dataclass(slots=True)
+class MemoryCounters:
+    """What the memory manager has done so far. Hits and queries are counted in tokens."""
+
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    reopened: int = 0
+    forked: int = 0
+    fresh: int = 0
+    swapped_out: int = 0
+    swapped_in: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """Where a sequence's first tokens come from."""
+
+    kind: Literal["fresh", "reopen", "fork"]
+    slot: int = -1
+    tokens: int = 0
+
+
+class MemoryManager:
+    """The scheduler's view of a KVCache; see :class:`vattn.engine.scheduler.Memory`.
+
+    Args:
+        cache: with more slots than sequences run at once if prefixes are to be kept.
+        prefix_caching: finished sequences are kept, and new ones share what they can.
+        swap: host memory for preempted sequences.
+    """
+
+    def __init__(self, cache: KVCache, *, prefix_caching: bool, swap: SwapSpace) -> None:
+        self.cache = cache
+        self.prefix_caching = prefix_caching
+        self.swap = swap
+        self.index = PrefixIndex()
+        self.counters = MemoryCounters()
+        self._owners: dict[int, Request] = {}
+        self._has_windows = any(spec.window for spec in cache.specs)
+        self._fresh: list[Request] = []  # whose prompts are not computed yet
+        self._tickets: list[Ticket] = []
+        self._trouble: DriverError | None = None  # why the latest grow() failed, if not for pages
+
+    # Admission ------------------------------------------------------------------------------------
+
+    def admit(self, request: Request) -> bool:
+        """Gives a request a slot with as many of its tokens as can be had, if all of it fits.
+
+        Fits means: the pages for all tokens that it has, and for the next one, can be had beside
+        those that running prefills still need.
+
+        Returns:
+            Whether it has a slot now; if not, nothing has changed.
+
+        Raises:
+            NeverFits: the whole budget is too small for it.
+        """
+        total = min(len(request.tokens) + 1, request.limit)
+        while True:
+            origin = self._origin(request)
+            if self._worth_waiting(request, origin.tokens):
+                return False
+            if not self._fits(request, origin, total):
+                self._check_ever_fits(request, total)
+                return False
+            try:
+                slot = self._open(origin, total)
+            except PagesGone:
+                self.index.remove(origin.slot)  # somebody took its pages since we looked
+                continue
+            except OutOfPages:  # and OutOfSlots
+                return False
+            except DriverError as error:
+                raise _refused(error) from error
+            break
+        self.index.remove(slot)
+        self._owners[slot] = request
+        self._fresh.append(request)
+        request.slot, request.computed = slot, origin.tokens
+        if not self._restore(request):
+            del self._owners[slot]
+            self.cache.release(slot)
+            request.slot, request.computed = -1, 0
+            return False
+        if not request.timings.scheduled_s:
+            request.cached = min(request.computed, len(request.prompt_ids))
+            self.counters.prefix_queries += len(request.prompt_ids)
+            self.counters.prefix_hits += request.cached
+        return True
+
+    def _origin(self, request: Request) -> _Origin:
+        """The best place to begin from. At least one token is left to compute, for its logits."""
+        most = len(request.tokens) - 1
+        if most <= 0:
+            return _Origin("fresh")
+
+        def usable(slot: int, shared: int) -> tuple[int, int] | None:
+            return self._usable(slot, min(shared, most))
+
+        found = None
+        if self.prefix_caching:
+            found = self.index.match(request.tokens, usable, request.cache_salt)
+        source = request.source
+        if source is not None and source.slot >= 0:
+            score = usable(source.slot, len(request.prompt_ids))
+            if score is not None and (found is None or score > found[1]):
+                found = (source.slot, score)
+        if found is None:
+            return _Origin("fresh")
+        slot, (tokens, rank) = found
+        return _Origin("reopen" if rank == _IN_PLACE else "fork", slot, tokens)
+
+    def _worth_waiting(self, request: Request, found: int) -> bool:
+        """Whether somebody is just computing a much longer prefix of the request than was found.
+
+        Of many prompts that begin alike and come together, one computes the prefix, and the others
+        wait for it instead of doing the same.
+        """
+        if not self.prefix_caching or self._has_windows:
+            return False
+        for other in self._fresh:
+            if other.slot < 0 or other.cache_salt != request.cache_salt:
+                continue
+            shared = common(other.prompt_ids, request.tokens, 0)
+            if shared >= found + MIN_WAIT_TOKENS and other.computed < shared:
+                return True
+        return False
+
+    def _usable(self, slot: int, shared: int) -> tuple[int, int] | None:
+        """How many of the shared tokens a slot can give, and how cheaply."""
+        owner = self._owners.get(slot)
+        if owner is not None:
+            tokens = min(shared, owner.computed)
+            lowest = self.cache.anchor(slot) if self._has_windows else 0
+            return (tokens, _RUNNING) if tokens >= max(lowest, MIN_FORK_TOKENS) else None
+        lowest, kept = self.cache.kept(slot)
+        tokens = min(shared, kept)
+        if tokens < max(lowest, 1):
+            return None
+        if self._in_place(kept, tokens):
+            return tokens, _IN_PLACE
+        return (tokens, _KEPT) if tokens >= MIN_FORK_TOKENS else None
+
+    def _in_place(self, kept: int, tokens: int) -> bool:
+        """Whether going back to ``tokens`` gives up no page that is full of what was kept."""
+        page = self.cache.pool.page_bytes
+        return all(
+            kept * region.token_bytes // page == tokens * region.token_bytes // page
+            for region in self.cache.layout.regions
+        )
+
+    def _fits(self, request: Request, origin: _Origin, total: int) -> bool:
+        needed = self.cache.admission_pages(
+            total,
+            source=None if origin.kind == "fresh" else origin.slot,
+            shared_tokens=origin.tokens,
+            in_place=origin.kind == "reopen",
+            anchor=request.saved.anchor if request.saved is not None else 0,
+        )
+        available = self.cache.pool.core.available_pages()
+        if self._owners:
+            prefills = [r for r in self._owners.values() if len(r.tokens) - r.computed > 1]
+            if prefills:
+                available -= self.cache.pages_needed_many(
+                    [r.slot for r in prefills], [min(len(r.tokens) + 1, r.limit) for r in prefills]
+                )
+            available -= int(WATERMARK * self._budget_pages())
+        return needed <= available
+
+    def _budget_pages(self) -> int:
+        stats = self.cache.pool.core.stats()
+        return stats["budget_bytes"] // stats["page_bytes"]
+
+    def _check_ever_fits(self, request: Request, total: int) -> None:
+        needed, budget = self.cache.admission_pages(total), self._budget_pages()
+        if needed > budget:
+            raise NeverFits(
+                f"its {len(request.tokens)} tokens need {needed} pages of "
+                f"{self.cache.pool.page_bytes} bytes, and the budget of the KV cache is {budget} "
+                "pages; shorten the prompt or raise the budget"
+            )
+
+    def _open(self, origin: _Origin, total: int) -> int:
+        if origin.kind == "reopen":
+            slot = self.cache.reopen(origin.slot, origin.tokens)
+            self.counters.reopened += 1
+        elif origin.kind == "fork":
+            slot = self.cache.fork(origin.slot, origin.tokens)
+            self.counters.forked += 1
+        else:
+            slot = self.cache.open(expected_tokens=total)
+            self.counters.fresh += 1
+        return int(slot)
+
+    # Swapping -------------------------------------------------------------------------------------
+
+    def _restore(self, request: Request) -> bool:
+        """Brings back what was swapped out, beyond what the slot holds already."""
+        saved: Saved | None = request.saved
+        if saved is None:
+            return True
+        if saved.tokens > request.computed:
+            try:
+                self.cache.restore(
+                    request.slot, saved.tokens, saved.anchor, saved.buffer, request.computed
+                )
+            except OutOfPages:
+                return False
+            request.computed = saved.tokens
+            self.counters.swapped_in += 1
+        request.saved = None
+        self.swap.give_back(saved)
+        return True
+
+    def _save(self, request: Request) -> None:
+        """Copies what a preempted sequence has computed to host memory, if it has room."""
+        n = self.cache.saved_bytes(request.slot) if self.swap.capacity_bytes else 0
+        if not self.swap.room_for(n):
+            return
+        anchor = self.cache.anchor(request.slot)
+        saved = self.swap.take(n, request.computed, anchor)
+        try:
+            self.cache.save(request.slot, saved.buffer)
+        except BaseException:
+            self.swap.give_back(saved)
+            raise
+        request.saved = saved
+        self.counters.swapped_out += 1
+
+    # Running --------------------------------------------------------------------------------------
+
+    def grow(self, slots: list[int], tokens: list[int]) -> bool:
+        """Maps what the step will write: all of it, or nothing and False if pages are short."""
+        try:
+            self.cache.ensure_many(np.array(slots, np.int32), np.array(tokens, np.int32))
+        except OutOfPages:
+            self._trouble = None
+            return False
+        except DriverError as error:
+            if error.fatal:
+                raise
+            self._trouble = error  # undone; with fewer sequences it may do, and if not, one is left
+            return False
+        return True
+
+    def prepare(self, slots: list[int], tokens: list[int]) -> None:
+        """Maps what the next step will write, in the background."""
+        self._drop_tickets()
+        if slots:
+            self._tickets.append(
+                self.cache.prepare(np.array(slots, np.int32), np.array(tokens, np.int32))
+            )
+
+    def _drop_tickets(self) -> None:
+        """Lets go of finished work. What it could not do, :meth:`grow` does or reports."""
+        while self._tickets and self._tickets[0].done():
+            self._tickets.pop(0)
+
+    def last_prompt_tokens(self, decodes: list[Request]) -> int:
+        """How many of the decodes of a step compute the last token of a prompt."""
+        if not self._fresh:
+            return 0
+        return sum(len(r.tokens) == len(r.prompt_ids) for r in decodes)
+
+    def index_prompts(self) -> None:
+        """After a launch: others may share what it has computed of prompts."""
+        if not self._fresh:
+            return
+        pending = []
+        for request in self._fresh:
+            if self._owners.get(request.slot) is not request:
+                continue
+            if request.computed < len(request.prompt_ids):
+                pending.append(request)
+            if self.prefix_caching:
+                tokens = request.tokens[: request.computed]
+                self.index.insert(request.slot, tokens, request.cache_salt)
+        self._fresh = pending
+
+    def release(self, request: Request) -> None:
+        """A request has ended: its slot is free, and kept if what it holds is sound."""
+        if request.saved is not None:
+            self.swap.give_back(request.saved)
+            request.saved = None
+        if request.slot >= 0:
+            self._let_go(request, keep=request.finish_reason is not FinishReason.ERROR)
+
+    def preempt(self, request: Request) -> None:
+        """A request gives way: it begins again later, from what is then left of it."""
+        if request.saved is None and request.status is Status.RUNNING:
+            self._save(request)
+        self._let_go(request, keep=True)
+
+    def _let_go(self, request: Request, *, keep: bool) -> None:
+        slot, tokens = request.slot, request.computed
+        if self.cache.tokens(slot) > tokens:
+            self.cache.truncate(slot, tokens)  # mapped for a step that it was not part of
+        if not keep:
+            self.cache.mark_dirty(slot)
+        keep = keep and self.prefix_caching and tokens > 0
+        del self._owners[slot]
+        self.index.remove(slot)
+        self.cache.release(slot, keep=keep)
+        if keep:
+            self.index.insert(slot, request.tokens[:tokens], request.cache_salt)
+        request.slot, request.computed = -1, 0
+
+    # Budget ---------------------------------------------------------------------------------------
+
+    def over_budget(self) -> bool:
+        """Whether running sequences hold more than a lowered budget allows."""
+        stats = self.cache.pool.core.stats()
+        return stats["created_bytes"] > stats["budget_bytes"]
+
+    def shortage(self, request: Request) -> str:
+        """Why a request that is alone cannot go on."""
+        if self._trouble is not None:
+            return f"the driver failed: {self._trouble}"
+        needed = self.cache.admission_pages(min(len(request.tokens) + 1, request.limit))
+        return (
+            f"out of pages: its {len(request.tokens)} tokens need {needed} pages of "
+            f"{self.cache.pool.page_bytes} bytes, and the budget of the KV cache is "
+            f"{self._budget_pages()} pages; raise the budget, or lower max_tokens"
+        )
+
+    def set_budget(self, budget_bytes: int | str) -> None:
+        """Moves the budget while running; kept prefixes go first, then requests are preempted."""
+        self.cache.pool.set_budget(budget_bytes)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets every kept sequence; running ones go on."""
+        for slot in range(self.cache.max_seqs):
+            if slot not in self._owners and slot in self.index:
+                self.index.remove(slot)
+                self.cache.forget(slot)
+
+    def check(self) -> None:
+        """Verifies that owners, slots, index and memory agree.
+
+        Raises:
+            AssertionError: they do not, which is a bug of vattn.
+        """
+        self.cache.check()
+        self.index.check()
+        self.swap.check()
+        open_slots = self.cache.stats().open_slots
+        assert open_slots == len(self._owners), (open_slots, self._owners)
+        for slot, request in self._owners.items():
+            assert request.slot == slot, request
+            assert request.computed <= self.cache.tokens(slot) or request.computed == 0, request
+
+
+# How cheaply a prefix can be had, as the second part of a score.
+_KEPT, _RUNNING, _IN_PLACE = 0, 1, 2
+
+
+def _refused(error: DriverError) -> Exception:
+    """What a failure of the driver at admission is: of the request, unless nothing works any more.
+
+    A request that was only put off would be tried again for ever if the failure stays.
+    """
+    return error if error.fatal else NeverFits(f"the driver failed: {error}")

@@ -1,0 +1,245 @@
+"""What is told of requests: text, log probabilities, stop strings, all or only what is new.
+
+Text is made when somebody looks at it. Only requests with stop strings or log probabilities cost
+anything per step.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+from vattn.engine.detokenizer import Detokenizer, TextSource
+from vattn.engine.sampled import HostSampled
+from vattn.request import (
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    Request,
+    RequestOutput,
+    Timings,
+)
+
+__all__ = ["Detokenizer", "OutputKind", "OutputProcessor"]
+
+
+class OutputKind(enum.Enum):
+    """How much an output holds; after vLLM's ``RequestOutputKind``.
+
+    Its third, only the final one, needs no name here: ask when the request has finished.
+    """
+
+    CUMULATIVE = 0  # everything so far
+    DELTA = 1  # what is new since the last one
+
+
+class _State:
+    """What has been made and told of one request."""
+
+    __slots__ = ("named", "read", "text", "told_end", "told_tokens")
+
+    def __init__(self, text: Detokenizer | None, read: int) -> None:
+        self.text = text
+        self.read = read  # of request.tokens, by `text`
+        self.named = 0  # entries of request.logprobs whose tokens have their text
+        self.told_tokens = 0
+        self.told_end = False
+
+
+class OutputProcessor:
+    """Makes the outputs of requests. The state of each is kept in its ``output``.
+
+    Args:
+        tokenizer: None for token ids only.
+    """
+
+    def __init__(self, tokenizer: Any = None) -> None:
+        self.tokenizer = tokenizer
+        self._source = None if tokenizer is None else TextSource(tokenizer)
+        self._watched: set[Request] = set()  # those that need a look in each step
+
+    def add(self, request: Request) -> None:
+        """Before its first token.
+
+        Raises:
+            ValueError: stop strings without a tokenizer.
+        """
+        params = request.params
+        text = None
+        if params.stop_strings and self._source is None:
+            raise ValueError(
+                f"stop={list(params.stop_strings)!r}: stop strings need a tokenizer; use "
+                "stop_token_ids"
+            )
+        if params.detokenize and self._source is not None:
+            text = Detokenizer(self._source, params, request.prompt_ids)
+        request.output = _State(text, len(request.prompt_ids))
+        if params.logprobs is not None and request.logprobs is None:
+            request.logprobs = []
+        if params.stop_strings or request.logprobs is not None:
+            self._watched.add(request)
+
+    def ended(self, requests: Sequence[Request]) -> None:
+        """They get no more tokens. What they have can still be asked for."""
+        if self._watched:
+            self._watched.difference_update(requests)
+
+    def process(
+        self, requests: Sequence[Request], sampled: HostSampled | None = None
+    ) -> list[tuple[Request, str]]:
+        """After a step's tokens have been appended.
+
+        Args:
+            requests: the rows of the step; some may have finished.
+            sampled: of the same rows; for log probabilities.
+
+        Returns:
+            The requests whose text a stop string ends now, and which. One that had reached its
+            length with the same token is not among them: it is marked as stopped here.
+        """
+        stopped: list[tuple[Request, str]] = []
+        if not self._watched:
+            return stopped
+        for row, request in enumerate(requests):
+            if request not in self._watched:
+                continue
+            if request.logprobs is not None and sampled is not None:
+                self._add_logprobs(request, sampled, row)
+            state: _State = request.output
+            if state.text is None or not request.params.stop_strings:
+                continue
+            stop = state.text.stop or _read(request, state)
+            if stop is None or request.finish_reason is FinishReason.STOP:
+                continue
+            if request.finish_reason is FinishReason.LENGTH:
+                request.finish_reason = FinishReason.STOP
+                request.stop_reason = stop
+            elif not request.finished:
+                stopped.append((request, stop))
+        return stopped
+
+    def _add_logprobs(self, request: Request, sampled: HostSampled, row: int) -> None:
+        """Unless the row's token was not appended, since its request had ended."""
+        assert request.logprobs is not None
+        if len(request.logprobs) < len(request.tokens) - len(request.prompt_ids):
+            entry = sampled.entry(row, request.tokens[-1])
+            if entry is not None:
+                request.logprobs.append(entry)
+
+    # Outputs --------------------------------------------------------------------------------------
+
+    def completion(
+        self, request: Request, kind: OutputKind = OutputKind.CUMULATIVE
+    ) -> CompletionOutput:
+        """What a request has so far, or what is new since it was last asked for.
+
+        The token of ``stop_token_ids`` or of the end of the sequence that ended it is among its
+        tokens, and its text is left out unless ``include_stop_str_in_output``, as in vLLM. Tokens
+        of a stop string are kept whole, though the text may end within one.
+        """
+        state: _State = request.output
+        first, start = state.told_tokens, len(request.prompt_ids)
+        delta = kind is OutputKind.DELTA
+        logprobs = self._named(request, state)
+        state.told_tokens, state.told_end = len(request.tokens) - start, request.finished
+        return CompletionOutput(
+            index=request.index,
+            text=self._text(request, state, delta),
+            token_ids=request.tokens[start + first * delta :],
+            logprobs=None if logprobs is None else logprobs[first * delta :],
+            finish_reason=None if request.finish_reason is None else request.finish_reason.value,
+            stop_reason=request.stop_reason,
+            error=request.error,
+        )
+
+    def request_output(
+        self,
+        request_id: str,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        samples: Sequence[Request],
+        kind: OutputKind = OutputKind.CUMULATIVE,
+        error: str | None = None,
+    ) -> RequestOutput:
+        """One prompt's output.
+
+        Args:
+            request_id: of the prompt.
+            prompt: its text, if it was given as text.
+            prompt_token_ids: its tokens.
+            samples: its requests, in the order of their indices.
+            kind: everything of all samples, or only samples with something new, and only that.
+            error: why the prompt never became requests; it is told as finished, then.
+        """
+        if error is not None:
+            reason = FinishReason.ERROR.value
+            failed = CompletionOutput(0, "", [], None, reason, None, error)
+            return RequestOutput(request_id, prompt, prompt_token_ids, [failed], True, 0, Timings())
+        told = samples
+        if kind is OutputKind.DELTA:
+            told = [request for request in samples if _has_news(request)]
+        return RequestOutput(
+            request_id=request_id,
+            prompt=prompt,
+            prompt_token_ids=prompt_token_ids,
+            outputs=[self.completion(request, kind) for request in told],
+            finished=all(request.finished for request in samples),
+            num_cached_tokens=samples[0].cached,
+            metrics=copy.copy(samples[0].timings),
+        )
+
+    def _text(self, request: Request, state: _State, delta: bool) -> str:
+        """All text of a request that may be seen, or what is new of it."""
+        if state.text is None:
+            return ""
+        if state.text.stop is None:
+            _read(request, state)
+        if request.finished:
+            state.text.finish()
+        new = state.text.take()
+        return new if delta else state.text.text
+
+    def _named(self, request: Request, state: _State) -> list[dict[int, Logprob]] | None:
+        """Its log probabilities, with the text of their tokens."""
+        logprobs = request.logprobs
+        if logprobs and self._source is not None and request.params.detokenize:
+            for entry in logprobs[state.named :]:
+                for token, logprob in entry.items():
+                    logprob.decoded_token = self._source.name(token)
+            state.named = len(logprobs)
+        return logprobs
+
+    def check(self) -> None:
+        """Verifies that what was told is no more than there is."""
+        for request in self._watched:
+            state: _State = request.output
+            outputs = len(request.tokens) - len(request.prompt_ids)
+            assert state.told_tokens <= outputs, request.id
+            assert len(request.prompt_ids) <= state.read <= len(request.tokens), request.id
+            assert request.logprobs is None or len(request.logprobs) <= outputs, request.id
+            assert request.params.stop_strings or request.logprobs is not None, request.id
+            if state.text is not None:
+                state.text.check()
+
+
+def _read(request: Request, state: _State) -> str | None:
+    """Turns tokens that have come into text; the stop string that ended it, if one did."""
+    assert state.text is not None
+    tokens, first = request.tokens, state.read
+    state.read = end = len(tokens)
+    if (
+        first < end
+        and request.finish_reason is FinishReason.STOP
+        and not request.params.include_stop_str_in_output
+    ):
+        end -= 1  # by a stop token, for a stop string would have been seen
+    return state.text.append(tokens[first:end])[1] if first < end else None
+
+
+def _has_news(request: Request) -> bool:
+    """Whether there is something that has not been told."""
+    state: _State = request.output
+    outputs = len(request.tokens) - len(request.prompt_ids)
+    return outputs > state.told_tokens or request.finished > state.told_end

@@ -1,0 +1,350 @@
+"""``vattn.LLM``: a model, its requests and their KV cache in one object, for offline use."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self, TypeAlias
+
+import torch
+from tqdm import tqdm
+
+from vattn.engine.config import EngineConfig
+from vattn.engine.engine import Engine
+from vattn.engine.outputs import OutputKind
+from vattn.hf.model import load_model, load_tokenizer
+from vattn.kv.pool import PagePool
+from vattn.kv.report import MemoryMap
+from vattn.metrics import EngineStats
+from vattn.request import Request, RequestOutput, SamplingParams
+
+Prompt: TypeAlias = "str | Sequence[int] | Mapping[str, Any]"
+Params: TypeAlias = "SamplingParams | Sequence[SamplingParams] | None"
+_PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt", "priority"}
+
+
+@dataclass
+class _Asked:
+    """One prompt and the requests for its samples."""
+
+    id: str
+    prompt: str | None
+    token_ids: list[int]
+    samples: list[Request]
+    error: str | None = None
+
+
+class LLM:
+    """A transformers model that serves many requests at once; the shape is vLLM's.
+
+    Every sequence's K and V are contiguous in virtual memory, and an unmodified attention kernel
+    reads them there.
+
+    Args:
+        model: a directory, an id of the Hugging Face Hub, or a loaded ``PreTrainedModel``.
+        tokenizer: another directory or id for the tokenizer, or a tokenizer object.
+        skip_tokenizer_init: take and give token ids only.
+        dtype: ``"auto"`` for the model's own, a name such as ``"bfloat16"``, or a torch dtype.
+        device: None for the GPU where there is one.
+        revision: of a Hub model.
+        pool: physical memory to share with other caches on the device; None for one of its own.
+        options: see :class:`vattn.engine.config.EngineConfig`; ``max_model_len``,
+            ``max_num_seqs``, ``max_num_batched_tokens``, ``gpu_memory_utilization``,
+            ``kv_cache_memory_bytes``, ``swap_space``, ``enable_prefix_caching``, ``seed``, ...
+
+    Raises:
+        TypeError: an option that does not exist.
+        ValueError: a value out of range, or a model that cannot be served, with the reason.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Any,
+        *,
+        tokenizer: str | Path | Any | None = None,
+        skip_tokenizer_init: bool = False,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        revision: str | None = None,
+        pool: PagePool | None = None,
+        **options: Any,
+    ) -> None:
+        config = EngineConfig(**_known(options))
+        loaded = load_model(model, dtype=dtype, device=device, revision=revision)
+        self.tokenizer: Any = None
+        if not skip_tokenizer_init:
+            self.tokenizer = load_tokenizer(
+                model if tokenizer is None else tokenizer, revision=revision
+            )
+        self.engine = Engine(loaded, config, self.tokenizer, pool)
+        self._ids = itertools.count()
+
+    @property
+    def model(self) -> Any:
+        """The transformers model."""
+        return self.engine.loaded.model
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt and output together, in tokens."""
+        return self.engine.max_model_len
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer; None with ``skip_tokenizer_init``."""
+        return self.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's own generation config asks for."""
+        return SamplingParams(**self.engine.loaded.generation_defaults)
+
+    # Generating -----------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+        *,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Generates for all prompts at once.
+
+        Args:
+            prompts: text, token ids, ``{"prompt": ...}`` or ``{"prompt_token_ids": [...]}`` (with a
+                ``cache_salt`` if it must not share K and V with other tenants), or many of these.
+            sampling_params: one for all or one for each; None for the model's own.
+            use_tqdm: show progress.
+            priority: one for each prompt, smaller first; needs ``scheduling_policy="priority"``.
+
+        Returns:
+            One output per prompt, in their order. A prompt that cannot be served has the finish
+            reason ``"error"`` and says why; the others are not affected.
+
+        Raises:
+            ValueError: not as many parameters or priorities as prompts.
+        """
+        asked = self._ask(prompts, sampling_params, priority)
+        total = sum(len(each.samples) for each in asked)
+        waiting = {sample.id for each in asked for sample in each.samples if not sample.finished}
+        with tqdm(total=total, disable=not use_tqdm, unit="seq", desc="Generating") as bar:
+            bar.update(total - len(waiting))
+            try:
+                while waiting:
+                    for request in self.engine.step():
+                        if request.finished and request.id in waiting:
+                            waiting.discard(request.id)
+                            bar.update()
+            except BaseException:
+                self.engine.abort(waiting)
+                raise
+        return [self._output(each, OutputKind.CUMULATIVE) for each in asked]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+        *,
+        kind: OutputKind = OutputKind.CUMULATIVE,
+        priority: Sequence[int] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """As :meth:`generate`, but gives an output whenever a prompt has new tokens.
+
+        ``request_id`` tells which prompt it is of: the number of the prompt, after the last dash.
+        Leaving the loop early aborts what is not finished.
+
+        Args:
+            prompts: as for :meth:`generate`.
+            sampling_params: as for :meth:`generate`.
+            kind: all text so far, or only what is new.
+            priority: as for :meth:`generate`.
+        """
+        asked = self._ask(prompts, sampling_params, priority)
+        of = {sample.id: each for each in asked for sample in each.samples}
+        waiting = {sample.id for each in asked for sample in each.samples if not sample.finished}
+        try:
+            for each in asked:
+                if each.error is not None:
+                    yield self._output(each, kind)
+            while waiting:
+                news: dict[str, _Asked] = {}
+                for request in self.engine.step():
+                    if request.id in of:
+                        news[of[request.id].id] = of[request.id]
+                        if request.finished:
+                            waiting.discard(request.id)
+                for each in news.values():
+                    yield self._output(each, kind)
+        finally:
+            self.engine.abort(waiting)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, or many, by the tokenizer's chat template.
+
+        Args:
+            messages: ``[{"role": "user", "content": "..."}, ...]``, or a list of such lists.
+            sampling_params: as for :meth:`generate`.
+            use_tqdm: as for :meth:`generate`.
+            chat_template: instead of the tokenizer's own.
+            add_generation_prompt: end with the beginning of the assistant's turn.
+
+        Raises:
+            ValueError: no tokenizer, or no chat template.
+        """
+        tokenizer = self._need_tokenizer("chat")
+        if chat_template is None and getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError("the tokenizer has no chat template; pass chat_template, or generate")
+        if not messages:
+            raise ValueError("messages is empty; give at least one message")
+        one = isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if one else messages
+        prompts = [
+            tokenizer.apply_chat_template(
+                list(conversation),
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=True,
+                return_dict=False,
+            )
+            for conversation in conversations
+        ]
+        return self.generate(
+            [{"prompt_token_ids": ids} for ids in prompts], sampling_params, use_tqdm
+        )
+
+    # Memory ---------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        """Requests, tokens and memory at this moment."""
+        return self.engine.stats()
+
+    def memory_map(self) -> MemoryMap:
+        """State of every page of every slot."""
+        return self.engine.cache.memory_map()
+
+    def set_budget(self, budget_bytes: int | str) -> None:
+        """Moves the KV cache's budget while running: kept prefixes and then requests give way."""
+        self.engine.memory.set_budget(budget_bytes)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets the K and V of finished requests."""
+        self.engine.memory.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Aborts what runs and gives the memory of the KV cache back."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # Requests -------------------------------------------------------------------------------------
+
+    def _ask(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params,
+        priority: Sequence[int] | None,
+    ) -> list[_Asked]:
+        """Adds requests for every prompt; those that cannot be served are finished already."""
+        many = _as_prompts(prompts)
+        params = _one_each(sampling_params, len(many), "sampling_params")
+        default = None if all(params) else self.get_default_sampling_params()
+        priorities = _one_each(priority if priority is not None else 0, len(many), "priority")
+        batch = next(self._ids)
+        return [
+            self._ask_one(f"{batch}-{number}", prompt, each or default, urgency)
+            for number, (prompt, each, urgency) in enumerate(
+                zip(many, params, priorities, strict=True)
+            )
+        ]
+
+    def _ask_one(self, name: str, prompt: Prompt, params: Any, priority: int) -> _Asked:
+        text: str | None = None
+        ids: list[int] = []
+        try:
+            text, ids, salt, priority = self._parse(prompt, priority)
+            samples = self.engine.make_requests(
+                name, ids, params, priority=priority, cache_salt=salt
+            )
+        except (ValueError, TypeError) as error:
+            return _Asked(name, text, ids, [], f"prompt {name.rpartition('-')[2]}: {error}")
+        for sample in samples:
+            self.engine.add(sample)
+        return _Asked(name, text, ids, samples)
+
+    def _parse(self, prompt: Any, priority: int) -> tuple[str | None, list[int], str, int]:
+        """Text, token ids, salt and priority of a prompt.
+
+        Raises:
+            ValueError, TypeError: it is not one.
+        """
+        salt = ""
+        if isinstance(prompt, Mapping):
+            if unknown := set(prompt) - _PROMPT_KEYS:
+                raise ValueError(f"a prompt has no {sorted(unknown)}; use {sorted(_PROMPT_KEYS)}")
+            if ("prompt" in prompt) == ("prompt_token_ids" in prompt):
+                raise ValueError("a prompt needs one of prompt and prompt_token_ids")
+            salt = prompt.get("cache_salt", "")
+            if not isinstance(salt, str):
+                raise ValueError(f"cache_salt={salt!r} must be a string")
+            priority = prompt.get("priority", priority)
+            prompt = prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"]
+        if isinstance(prompt, str):
+            if not prompt:
+                raise ValueError("the prompt is empty; give some text")
+            return prompt, self._need_tokenizer("a text prompt").encode(prompt), salt, priority
+        if not isinstance(prompt, Iterable):
+            raise ValueError(f"{prompt!r} is no prompt; give text, token ids or a dictionary")
+        return None, list(prompt), salt, priority
+
+    def _need_tokenizer(self, what: str) -> Any:
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{what} needs a tokenizer, and skip_tokenizer_init is set; give token ids"
+            )
+        return self.tokenizer
+
+    def _output(self, asked: _Asked, kind: OutputKind) -> RequestOutput:
+        return self.engine.outputs.request_output(
+            asked.id, asked.prompt, asked.token_ids, asked.samples, kind, asked.error
+        )
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    known = [field.name for field in fields(EngineConfig)]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise TypeError(f"LLM() has no option {name!r}{hint}")
+    return options
+
+
+def _as_prompts(prompts: Any) -> list[Prompt]:
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    many = list(prompts)
+    if many and all(hasattr(item, "__index__") for item in many):
+        return [many]
+    return many
+
+
+def _one_each(values: Any, n: int, name: str) -> list[Any]:
+    if isinstance(values, Sequence):
+        if len(values) != n:
+            raise ValueError(f"{len(values)} {name} for {n} prompts; give one for each, or one")
+        return list(values)
+    return [values] * n
