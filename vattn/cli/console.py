@@ -61,7 +61,14 @@ class Page:
         self._width = width
         self._column = 0
         self._space = ""
+        self._is_first = True
         self.is_joint = _same_place(sys.stdout, sys.stderr)
+
+    def begin(self) -> None:
+        """Begins an output; an empty line parts it from the one before where no title does."""
+        if not self._is_first and not self.is_joint:
+            _write(sys.stdout, "\n")
+        self._is_first = False
 
     def prompt(self, text: str) -> None:
         """What the model was given, in bold; its continuation stands behind it."""
@@ -72,13 +79,13 @@ class Page:
             _write(sys.stderr, "\n")
 
     def text(self, text: str) -> None:
-        """What the model wrote."""
+        """What the model wrote, in whole words."""
         _write(sys.stdout, self._wrap(text, sys.stdout))
 
-    def end(self, *, is_last: bool = False) -> None:
-        """Ends a text; an empty line parts it from the next where no title does."""
+    def end(self) -> None:
+        """Ends an output."""
         self._space, self._column = "", 0
-        _write(sys.stdout, "\n" if self.is_joint or is_last else "\n\n")
+        _write(sys.stdout, "\n")
 
     def _wrap(self, text: str, stream: TextIO) -> str:
         if not stream.isatty():
@@ -99,6 +106,32 @@ class Page:
                     self._column += len(self._space) + len(part)
                 self._space = ""
         return "".join(out)
+
+
+class Words:
+    """Holds text that comes in pieces back until a word is whole, so that lines break between them.
+
+    Args:
+        limit: characters that are held back at most, for scripts that write no spaces.
+    """
+
+    def __init__(self, limit: int = 40) -> None:
+        self._limit = limit
+        self._held = ""
+
+    def add(self, text: str) -> str:
+        """Takes a piece; the text that can be shown now."""
+        self._held += text
+        if len(self._held) > self._limit:
+            return self.rest()
+        end = max(self._held.rfind(space) for space in " \n\t") + 1
+        shown, self._held = self._held[:end], self._held[end:]
+        return shown
+
+    def rest(self) -> str:
+        """All that is held back."""
+        shown, self._held = self._held, ""
+        return shown
 
 
 def _same_place(a: TextIO, b: TextIO) -> bool:

@@ -6,12 +6,10 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
+from vattn.cli import flags
 from vattn.cli.console import BadInput
-from vattn.cli.options import number, option, positive, size, whole
+from vattn.cli.options import positive, size
 
 DEFAULT_PROMPT = (
     "A transaction is a group of statements that the database treats as one unit. When a "
@@ -20,10 +18,8 @@ DEFAULT_PROMPT = (
     "session that reads the table while another one writes to it sees only the rows that were "
     "committed before its own statement began, so readers never wait for writers."
 )
-DEMO_SAMPLES = 3
-
-_INPUT, _SAMPLING, _MACHINE = "Input", "Sampling", "Machine"
-_MEMORY, _OUTPUT = "Memory", "Output"
+MAX_SAMPLES = 4096
+MAX_SWAP_GIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -34,171 +30,89 @@ class Request:
     samples: int
     model: str | None
     max_tokens: int
+    min_tokens: int
     temperature: float | None
     top_p: float | None
     top_k: int | None
+    min_p: float | None
+    stop: tuple[str, ...]
     seed: int
-    batch_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int | None
     device: str | None
     dtype: str
     max_model_len: int | None
     page_bytes: int | None
     budget_bytes: int | None
+    swap_space: float | None
+    prefix_caching: bool
     order: str | None
     memory_map: bool
     stats: bool
     json_file: Path | None
 
+    @property
+    def sequences(self) -> int:
+        """Texts to generate, over all prompts."""
+        return len(self.prompts) * self.samples
+
 
 def generate(
-    text: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="The prompt, or - for standard input.")
-    ] = None,
-    prompt: Annotated[
-        str | None, option("--prompt", "-p", panel=_INPUT, help="The prompt.")
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        option(
-            "--prompts",
-            panel=_INPUT,
-            metavar="FILE",
-            help="Many prompts, one in each line; empty lines are skipped. - is standard input.",
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        option(
-            "--model",
-            "-m",
-            panel=_INPUT,
-            metavar="DIR|ID",
-            help="A model directory or an id of the Hugging Face Hub; default: the embedded model.",
-        ),
-    ] = None,
-    max_tokens: Annotated[
-        int, whole("--max-tokens", panel=_SAMPLING, help="Most tokens to generate; default 128.")
-    ] = 128,
-    n: Annotated[
-        int | None,
-        whole(
-            "--n",
-            "-n",
-            panel=_SAMPLING,
-            help="Samples of each prompt; they share the pages of the prompt. Default 1, and "
-            f"{DEMO_SAMPLES} of the built-in prompt.",
-        ),
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        number(
-            "--temperature",
-            panel=_SAMPLING,
-            help="0 takes the likeliest token always; default: the model's own, else 0.8.",
-        ),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        number(
-            "--top-p",
-            panel=_SAMPLING,
-            help="Share of probability to sample from; default: the model's own, else 0.95.",
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        whole("--top-k", panel=_SAMPLING, help="Tokens to sample from; 0 or -1 for all."),
-    ] = None,
-    seed: Annotated[int, whole("--seed", panel=_SAMPLING, help="Of sampling; default 0.")] = 0,
-    batch_size: Annotated[
-        int, whole("--batch-size", panel=_MACHINE, help="Prompts at a time; default 8.")
-    ] = 8,
-    device: Annotated[
-        str | None,
-        option(
-            "--device",
-            panel=_MACHINE,
-            metavar="cpu|cuda[:N]",
-            help="Default: the GPU where there is one.",
-        ),
-    ] = None,
-    dtype: Annotated[
-        str,
-        option(
-            "--dtype",
-            panel=_MACHINE,
-            metavar="NAME",
-            help="auto (the model's own), float32, float16 or bfloat16.",
-        ),
-    ] = "auto",
-    max_model_len: Annotated[
-        int | None,
-        whole(
-            "--max-model-len",
-            panel=_MEMORY,
-            help="Longest prompt and text together, for which addresses are reserved; "
-            "default: the model's limit.",
-        ),
-    ] = None,
-    page_bytes: Annotated[
-        str | None,
-        option(
-            "--page-bytes",
-            panel=_MEMORY,
-            metavar="SIZE",
-            help="Size of a physical page, such as 16KiB; default: the driver's.",
-        ),
-    ] = None,
-    budget: Annotated[
-        str | None,
-        option(
-            "--budget",
-            panel=_MEMORY,
-            metavar="SIZE",
-            help="Most physical memory for the cache, such as 2GiB; default: VATTN_BUDGET, else a "
-            "share of the free memory.",
-        ),
-    ] = None,
-    order: Annotated[
-        str | None,
-        option(
-            "--order",
-            panel=_MEMORY,
-            metavar="token|head",
-            help="Layout of a slot; default: the faster one on the device.",
-        ),
-    ] = None,
-    memory_map: Annotated[
-        bool, option("--memory-map", panel=_OUTPUT, help="Draw the slots and their pages.")
-    ] = False,
-    stats: Annotated[
-        bool, option("--stats/--no-stats", panel=_OUTPUT, help="Print figures; default: yes.")
-    ] = True,
-    json_file: Annotated[
-        Path | None,
-        option("--json", panel=_OUTPUT, metavar="FILE", help="Write texts and figures to a file."),
-    ] = None,
+    text: flags.Text = None,
+    prompt: flags.Prompt = None,
+    prompts: flags.Prompts = None,
+    model: flags.Model = None,
+    max_tokens: flags.MaxTokens = 128,
+    min_tokens: flags.MinTokens = 0,
+    n: flags.Samples = None,
+    temperature: flags.Temperature = None,
+    top_p: flags.TopP = None,
+    top_k: flags.TopK = None,
+    min_p: flags.MinP = None,
+    stop: flags.Stop = None,
+    seed: flags.Seed = 0,
+    max_num_seqs: flags.MaxNumSeqs = 32,
+    max_num_batched_tokens: flags.MaxNumBatchedTokens = None,
+    device: flags.Device = None,
+    dtype: flags.Dtype = "auto",
+    max_model_len: flags.MaxModelLen = None,
+    page_bytes: flags.PageBytes = None,
+    budget: flags.Budget = None,
+    swap_space: flags.SwapSpace = None,
+    no_prefix_caching: flags.NoPrefixCaching = False,
+    order: flags.Order = None,
+    memory_map: flags.MemoryMap = False,
+    stats: flags.Stats = True,
+    json_file: flags.JsonFile = None,
 ) -> None:
     """Generate text with a transformers model whose KV cache lives in virtual memory.
+
+    All prompts are generated together, by continuous batching.
 
     Text goes to stdout, everything else to stderr. Without a prompt it continues a built-in one.
     """
     given = read_prompts(text, prompt, prompts)
     request = Request(
         prompts=given or (DEFAULT_PROMPT,),
-        samples=positive("--n", n) or (1 if given else DEMO_SAMPLES),
+        samples=positive("--n", n) or (1 if given else flags.DEMO_SAMPLES),
         model=model,
         max_tokens=positive("--max-tokens", max_tokens) or 0,
+        min_tokens=min_tokens,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
+        min_p=min_p,
+        stop=tuple(stop or ()),
         seed=seed,
-        batch_size=positive("--batch-size", batch_size) or 0,
+        max_num_seqs=positive("--max-num-seqs", max_num_seqs) or 0,
+        max_num_batched_tokens=positive("--max-num-batched-tokens", max_num_batched_tokens),
         device=device,
         dtype=dtype,
         max_model_len=positive("--max-model-len", max_model_len),
         page_bytes=size("--page-bytes", page_bytes),
         budget_bytes=size("--budget", budget),
+        swap_space=swap_space,
+        prefix_caching=not no_prefix_caching,
         order=order,
         memory_map=memory_map,
         stats=stats,
@@ -217,22 +131,50 @@ def check(request: Request) -> None:
     Raises:
         BadInput: it names the option, the value and what is allowed.
     """
+    _check_sampling(request)
+    _check_engine(request)
+    path = request.json_file
+    if path is not None and path.is_dir():
+        raise BadInput(f"--json {path} is a directory; give a file")
+    if path is not None and not path.parent.is_dir():
+        raise BadInput(f"--json {path}: there is no directory {path.parent}; make it first")
+
+
+def _check_sampling(request: Request) -> None:
     temperature, top_p, top_k = request.temperature, request.top_p, request.top_k
+    if request.samples > MAX_SAMPLES:
+        raise BadInput(f"--n {request.samples} must be at most {MAX_SAMPLES}")
+    if not 0 <= request.min_tokens <= request.max_tokens:
+        raise BadInput(
+            f"--min-tokens {request.min_tokens} must be between 0 and --max-tokens, "
+            f"{request.max_tokens}"
+        )
     if temperature is not None and not 0 <= temperature < math.inf:
         raise BadInput(f"--temperature {temperature} must be 0 (greedy) or more, such as 0.8")
     if top_p is not None and not 0 < top_p <= 1:
         raise BadInput(f"--top-p {top_p} must be above 0 and at most 1")
     if top_k is not None and top_k < -1:
         raise BadInput(f"--top-k {top_k} must be positive, or 0 or -1 for all tokens")
+    if request.min_p is not None and not 0 <= request.min_p <= 1:
+        raise BadInput(f"--min-p {request.min_p} must be between 0 and 1")
+    if "" in request.stop:
+        raise BadInput("--stop '' is empty; give the text that ends the output")
     if not 0 <= request.seed < 2**63:
         raise BadInput(f"--seed {request.seed} must be between 0 and 2**63 - 1")
+
+
+def _check_engine(request: Request) -> None:
+    tokens, at_once = request.max_num_batched_tokens, min(request.max_num_seqs, request.sequences)
+    if tokens is not None and tokens < at_once:
+        raise BadInput(
+            f"--max-num-batched-tokens {tokens} is less than one for each of the {at_once} "
+            "sequences that are generated at once; raise it, or lower --max-num-seqs"
+        )
+    swap = request.swap_space
+    if swap is not None and not 0 <= swap < MAX_SWAP_GIB:
+        raise BadInput(f"--swap-space {swap} must be a number of GiB, 0 or more")
     if request.order not in (None, "token", "head"):
         raise BadInput(f"--order {request.order} is not known; use token or head")
-    path = request.json_file
-    if path is not None and path.is_dir():
-        raise BadInput(f"--json {path} is a directory; give a file")
-    if path is not None and not path.parent.is_dir():
-        raise BadInput(f"--json {path}: there is no directory {path.parent}; make it first")
 
 
 def read_prompts(text: str | None, prompt: str | None, file: Path | None) -> tuple[str, ...]:

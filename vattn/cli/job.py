@@ -1,4 +1,4 @@
-"""Prepares a request of ``vattn generate``: device, model, limits and cache."""
+"""Prepares a request of ``vattn generate``: device, model, limits and engine."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import vattn
 from vattn.cli import load
 from vattn.cli.console import BadInput, CliError, notes, one_line
 from vattn.cli.generate import Request
-from vattn.cli.run import Generator, sampling_options
+from vattn.cli.run import Run, sampling_params
 from vattn.cli.session import Session
+from vattn.hf.checks import longest_sequence
+from vattn.llm import LLM
 
 # The embedded model has seen 512 tokens at once, and its tokens are so small (128 bytes per head)
 # that the driver's default page would hold more than a whole prompt.
@@ -31,47 +33,44 @@ def run(request: Request) -> None:
     console = notes()
     load.quiet_transformers()
     device = load.find_device(request.device)
-    dtype = load.find_dtype(request.dtype)
+    load.check_dtype(request.dtype)
     source = load.find_model(request.model)
     if not source.is_directory:
         console.print(f"looking for {source.name} on the Hugging Face Hub", style="dim")
     config = load.load_config(source)
     tokenizer = load.load_tokenizer(source)
-    limit = token_limit(request, load.model_limit(config), source.is_embedded)
-    longest = check_prompts(request.prompts, tokenizer, limit)
-    new_tokens = min(request.max_tokens, limit - longest) if limit else request.max_tokens
-    if new_tokens < request.max_tokens:
-        console.print(
-            f"[yellow]note:[/] {new_tokens} instead of {request.max_tokens} new tokens, because "
-            f"{limit} is the limit with the prompt; --max-model-len sets another",
-            soft_wrap=True,
-        )
-    reserve = max(min(limit or 0, MAX_DEFAULT_RESERVE_TOKENS), longest + new_tokens)
-    page_bytes = request.page_bytes
-    if source.is_embedded and device.type == "cpu":
-        page_bytes = page_bytes or EMBEDDED_PAGE_BYTES
-
-    # The cache comes first: what it cannot serve is known before gigabytes are loaded.
-    cache = open_cache(request, source, config, reserve, page_bytes, device)
+    # All that can be refused is refused before gigabytes are loaded.
+    limit = token_limit(request, longest_sequence(config), source.is_embedded)
+    prompt_ids = read_tokens(request.prompts, tokenizer, limit)
+    longest = max(map(len, prompt_ids))
+    wanted = longest + request.max_tokens
+    if limit is not None and limit < wanted:
+        print_shorter(console, request, limit - longest, limit)
+        wanted = limit
+    max_model_len = max(min(limit or 0, MAX_DEFAULT_RESERVE_TOKENS), wanted)
+    pool = open_pool(request, device, source.is_embedded)
     try:
         with console.status(f"loading {source.name}") if console.is_terminal else nullcontext():
-            model = load.load_model(source, config, dtype, device)
-        sampling = sampling_options(
-            model.generation_config, request.temperature, request.top_p, request.top_k
-        )
-        sampling["pad_token_id"] = tokenizer.pad_token_id
-        model.generation_config.cache_implementation = None  # the cache is ours
-        print_header(console, request, source.name, model)
-        torch.manual_seed(request.seed)
-        generator = Generator(model, tokenizer, cache, sampling, request.samples)
-        with few_threads(model):
-            Session(request, console, generator, source.name, new_tokens).run()
+            llm = open_engine(request, source, tokenizer, pool, max_model_len)
+        params = sampling_params(request, llm.model.generation_config)
+        print_header(console, request, source.name, llm.model)
+        generate(request, console, Run(llm, request, prompt_ids, params), source.name)
     except torch.OutOfMemoryError as error:
         raise CliError(
             f"out of GPU memory: {one_line(error, 200)}; use a smaller model or --device cpu"
         ) from error
-    finally:
-        cache.close()
+
+
+def generate(request: Request, console: Console, run: Run, name: str) -> None:
+    """Runs a session and gives the memory back."""
+    try:
+        with few_threads(run.llm.model):
+            Session(request, console, run, name).run()
+    except BaseException:
+        # A step that was broken off leaves requests half done; their memory goes all the same.
+        run.llm.engine.cache.close()
+        raise
+    run.llm.close()
 
 
 def token_limit(request: Request, model_limit: int | None, is_embedded: bool) -> int | None:
@@ -88,14 +87,15 @@ def token_limit(request: Request, model_limit: int | None, is_embedded: bool) ->
     return asked
 
 
-def check_prompts(prompts: Sequence[str], tokenizer: Any, limit: int | None) -> int:
-    """The length of the longest prompt in tokens.
+def read_tokens(prompts: Sequence[str], tokenizer: Any, limit: int | None) -> list[list[int]]:
+    """The token ids of each prompt.
 
     Raises:
         BadInput: a prompt of no tokens, or one that leaves no room for a single new token.
     """
-    lengths = [len(ids) for ids in tokenizer(list(prompts), verbose=False)["input_ids"]]
-    for number, (prompt, length) in enumerate(zip(prompts, lengths, strict=True), start=1):
+    every: list[list[int]] = tokenizer(list(prompts), verbose=False)["input_ids"]
+    for number, (prompt, ids) in enumerate(zip(prompts, every, strict=True), start=1):
+        length = len(ids)
         name = f"prompt {number}" if len(prompts) > 1 else "the prompt"
         if length == 0:
             raise BadInput(f"{name}, {prompt!r}, is no token to this model; give more text")
@@ -104,42 +104,63 @@ def check_prompts(prompts: Sequence[str], tokenizer: Any, limit: int | None) -> 
                 f"{name} has {length} tokens, but the limit for it and its text is {limit}; "
                 "shorten it, or raise --max-model-len if the model allows it"
             )
-    return max(lengths)
+    return every
 
 
-def open_cache(
-    request: Request,
-    source: load.Source,
-    config: Any,
-    max_tokens: int,
-    page_bytes: int | None,
-    device: torch.device,
-) -> vattn.VirtualCache:
-    """An empty cache for the request's largest batch.
+def open_pool(request: Request, device: torch.device, is_embedded: bool) -> vattn.PagePool:
+    """The physical memory for the KV cache.
 
     Raises:
-        BadInput: a size that the device does not have, or a model without K and V to cache.
+        BadInput: a size that the device does not have.
         CliError: the driver does not work.
     """
+    page_bytes = request.page_bytes
+    if is_embedded and device.type == "cpu":
+        page_bytes = page_bytes or EMBEDDED_PAGE_BYTES
     try:
-        pool = vattn.PagePool(device, page_bytes=page_bytes, budget_bytes=request.budget_bytes)
+        return vattn.PagePool(device, page_bytes=page_bytes, budget_bytes=request.budget_bytes)
     except ValueError as error:
         text = str(error).replace("page_bytes", "--page-bytes").replace("budget_bytes", "--budget")
         raise BadInput(text) from error
     except vattn.DriverError as error:
         raise CliError(f"the driver failed: {one_line(error)}; see vattn doctor") from error
-    order: Any = request.order
-    rows = min(request.batch_size, len(request.prompts)) * request.samples
+
+
+def open_engine(
+    request: Request,
+    source: load.Source,
+    tokenizer: Any,
+    pool: vattn.PagePool,
+    max_model_len: int,
+) -> LLM:
+    """The model with its engine.
+
+    Raises:
+        BadInput: a model that cannot be served, or sizes that no layout of the cache can have.
+        CliError: the driver does not work, or the budget is too small to begin with.
+    """
     try:
-        return vattn.VirtualCache(
-            config, max_tokens=max_tokens, max_batch=rows, pool=pool, order=order
-        )
+        with load.told(source):
+            return LLM(
+                source.location,
+                tokenizer=tokenizer,
+                dtype=request.dtype,
+                device=pool.device,
+                pool=pool,
+                max_model_len=max_model_len,
+                max_num_seqs=min(request.max_num_seqs, request.sequences),
+                max_num_batched_tokens=request.max_num_batched_tokens,
+                swap_space=request.swap_space,
+                enable_prefix_caching=request.prefix_caching,
+                order=request.order,
+                seed=request.seed,
+            )
     except ValueError as error:
-        reason = one_line(error).split(";")[0]
-        raise BadInput(
-            f"--model {source.name} ({config.model_type}) is not supported: {reason}; give a "
-            "decoder-only model with attention layers, such as Llama, Qwen or Gemma"
-        ) from error
+        raise BadInput(one_line(error).replace("max_model_len=", "--max-model-len ")) from error
+    except vattn.OutOfPages as error:
+        raise CliError(f"out of pages: {one_line(error)}; raise --budget") from error
+    except vattn.DriverError as error:
+        raise CliError(f"the driver failed: {one_line(error)}; see vattn doctor") from error
 
 
 @contextmanager
@@ -159,6 +180,16 @@ def few_threads(model: Any) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def print_shorter(console: Console, request: Request, tokens: int, limit: int) -> None:
+    """Says that a text cannot get as long as was asked for."""
+    few = "only" if len(request.prompts) == 1 else "as few as"
+    console.print(
+        f"[yellow]note:[/] {few} {tokens} instead of {request.max_tokens} new tokens, because "
+        f"{limit} is the limit with the prompt; --max-model-len sets another",
+        soft_wrap=True,
+    )
 
 
 def print_header(console: Console, request: Request, name: str, model: Any) -> None:

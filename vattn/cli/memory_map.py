@@ -29,12 +29,19 @@ MARKS: dict[PageState, Mark] = {
     PageState.LIVE: Mark("█", "#", "green", "live"),
     PageState.SHARED: Mark("▒", "=", "cyan", "shared"),
     PageState.COVER: Mark("░", "+", "yellow", "cover"),
+    PageState.KEPT: Mark("o", "o", "blue", "kept"),
     PageState.STALE: Mark("x", "x", "magenta", "stale"),
     PageState.UNMAPPED: Mark("·", ".", "dim", "reserved only"),
 }
 
 # When as many pages of a column are in one state as in another, the one that is seen.
-_PRECEDENCE = (PageState.SHARED, PageState.LIVE, PageState.COVER, PageState.STALE)
+_PRECEDENCE = (
+    PageState.SHARED,
+    PageState.LIVE,
+    PageState.COVER,
+    PageState.KEPT,
+    PageState.STALE,
+)
 
 
 def columns(regions: Sequence[States], width: int) -> list[PageState]:
@@ -128,7 +135,9 @@ def _head(slot: SlotMap, name: str) -> str:
 
 
 def _tail(slot: SlotMap) -> str:
-    return f"{slot.tokens} tokens" if slot.open else "free"
+    if slot.open:
+        return f"{slot.tokens} tokens"
+    return f"{slot.kept} kept" if slot.kept else "free"
 
 
 def _bar(states: Sequence[PageState], plain_ascii: bool) -> Text:

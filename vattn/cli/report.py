@@ -13,17 +13,20 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-import vattn
 from vattn.cli.console import BadInput
 from vattn.cli.memory_map import describe_column, render
 from vattn.cli.run import Output, Timing
 from vattn.config import format_bytes
 from vattn.kv.layout import Layout
+from vattn.kv.report import CacheStats, MemoryMap
+from vattn.metrics import EngineStats
 
 
-def print_map(console: Console, memory: vattn.MemoryMap, layout: Layout) -> None:
-    """Draws the map under a rule."""
-    _rule(console, "memory map")
+def print_map(console: Console, memory: MemoryMap, layout: Layout) -> None:
+    """Draws the slots of the map that hold something under a rule."""
+    _rule(console, "memory map, when most tokens were live")
+    used = tuple(slot for slot in memory.slots if slot.open or slot.kept)
+    memory = dataclasses.replace(memory, slots=used)
     windows = [region.spec.window for region in layout.regions]
     labels = ["full" if window is None else f"window {window}" for window in windows]
     console.print(
@@ -39,47 +42,59 @@ def print_map(console: Console, memory: vattn.MemoryMap, layout: Layout) -> None
     console.print(Text(describe_column(memory), "dim"))
 
 
-def print_figures(console: Console, stats: vattn.CacheStats, timing: Timing, reserved: int) -> None:
+def print_figures(
+    console: Console, peak: CacheStats | None, engine: EngineStats, timing: Timing
+) -> None:
     """Prints a run's figures under a rule.
 
     Args:
         console: where to.
-        stats: of the cache, while its sequences are open.
+        peak: of the cache when most tokens were live; None if that moment never came.
+        engine: at the end of the run.
         timing: of the run.
-        reserved: bytes of addresses that the cache has reserved.
     """
     _rule(console, "figures")
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
-    for name, value in figures(stats, timing, reserved):
+    for name, value in figures(peak or engine.cache, engine, timing):
         table.add_row(name, value)
     console.print(table)
 
 
-def figures(stats: vattn.CacheStats, timing: Timing, reserved: int) -> list[tuple[str, str]]:
+def figures(peak: CacheStats, engine: EngineStats, timing: Timing) -> list[tuple[str, str]]:
     """The figures as (name, value) pairs for people."""
-    density = stats.token_bytes / stats.live_bytes if stats.live_bytes else 0
     size = format_bytes
     speed = f"{timing.tokens_per_s:.0f} tokens/s"
     if timing.first_token_s is not None:
         speed += f", first token after {timing.first_token_s * 1e3:.0f} ms"
-    cached = f"{stats.tokens} tokens of {stats.open_slots} sequences"
-    physical = (
-        f"{size(stats.live_bytes)} in live pages, {density:.2f} bytes of K and V in each byte"
-    )
-    cover, stale, pooled = map(size, (stats.cover_bytes, stats.stale_bytes, stats.pooled_bytes))
-    budget = f"budget {size(stats.budget_bytes)} in pages of {size(stats.page_bytes)}"
-    calls = {kind: n for kind, n in stats.driver_calls.items() if n}
+    sequences = "1 sequence" if peak.open_slots == 1 else f"{peak.open_slots} sequences at once"
+    cached = f"at most {peak.tokens} tokens of {sequences}"
+    density = peak.token_bytes / peak.live_bytes if peak.live_bytes else 0
+    physical = f"{size(peak.live_bytes)} in live pages, {density:.2f} bytes of K and V in each byte"
+    beside = {
+        "cover": peak.cover_bytes,
+        "kept": peak.kept_bytes,
+        "stale": peak.stale_bytes - peak.kept_bytes,
+        "pooled": peak.pooled_bytes,
+    }
+    hits, queries = engine.prefix_cache_hits, engine.prefix_cache_queries
+    preemptions = f"{engine.num_preemptions}"
+    if engine.requests_swapped_out:
+        preemptions += f", {engine.requests_swapped_out} of them swapped to host memory"
+    budget = f"budget {size(peak.budget_bytes)} in pages of {size(peak.page_bytes)}"
+    calls = [f"{n} {kind}" for kind, n in engine.cache.driver_calls.items() if n]
     return [
         ("generated", f"{timing.tokens} tokens in {timing.total_s:.2f} s"),
         ("speed", speed),
-        ("cached", f"{cached}, {size(stats.token_bytes)} of K and V"),
+        ("cached", f"{cached}, {size(peak.token_bytes)} of K and V"),
         ("physical", physical),
-        ("shared", f"{size(stats.shared_bytes)} of that, in several sequences at once"),
-        ("beside it", f"cover {cover}, stale {stale}, pooled {pooled}"),
-        ("limits", f"{budget}, addresses {size(reserved)}"),
-        ("driver calls", ", ".join(f"{n} {kind}" for kind, n in calls.items()) or "none"),
+        ("shared", f"{size(peak.shared_bytes)} of that, in several sequences at once"),
+        ("beside it", ", ".join(f"{name} {size(n)}" for name, n in beside.items())),
+        ("prefix hits", f"{hits} of {queries} prompt tokens were found in the cache"),
+        ("preemptions", preemptions),
+        ("limits", f"{budget}, addresses {size(peak.reserved_bytes)}"),
+        ("driver calls", ", ".join(calls) or "none"),
     ]
 
 
@@ -87,10 +102,19 @@ def write_json(
     path: Path,
     run: dict[str, Any],
     outputs: Sequence[Output],
-    stats: vattn.CacheStats | None,
+    peak: CacheStats | None,
+    engine: EngineStats | None,
     timing: Timing,
 ) -> None:
     """Writes the run's settings, outputs and figures.
+
+    Args:
+        path: of the file.
+        run: its settings.
+        outputs: as far as they have come.
+        peak: of the cache when most tokens were live, under ``cache``.
+        engine: at the end of the run.
+        timing: of the run.
 
     Raises:
         BadInput: the file cannot be written.
@@ -99,7 +123,8 @@ def write_json(
         **run,
         "outputs": [dataclasses.asdict(output) for output in outputs],
         "timing": {**dataclasses.asdict(timing), "tokens_per_s": timing.tokens_per_s},
-        "cache": dataclasses.asdict(stats) if stats is not None else None,
+        "cache": dataclasses.asdict(peak) if peak is not None else None,
+        "engine": dataclasses.asdict(engine) if engine is not None else None,
     }
     try:
         path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

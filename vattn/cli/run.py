@@ -1,15 +1,25 @@
-"""Generates text for prompts with a transformers model whose KV cache is a VirtualCache."""
+"""Generates the texts of all prompts at once with a :class:`vattn.llm.LLM`."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from transformers import TextStreamer
-from transformers.generation.streamers import BaseStreamer
+from vattn.cli.generate import Request
+from vattn.engine.outputs import OutputKind
+from vattn.kv.report import CacheStats, MemoryMap
+from vattn.llm import LLM
+from vattn.metrics import EngineStats
+from vattn.request import CompletionOutput, RequestOutput, SamplingParams
+
+# With so few sequences memory is looked at after each step, else now and then.
+_FEW_SEQUENCES = 16
+_LOOK_EVERY_S = 0.1
+# A look that takes long is taken rarely, so that all of them take less than a tenth of the time.
+_LONG_LOOK_S = 0.005
 
 
 @dataclass
@@ -22,7 +32,17 @@ class Output:
     prompt_tokens: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None  # "stop" at the model's end token, "length", None: interrupted
+    cached_tokens: int = 0  # of the prompt, found in the KV cache
+    finish_reason: str | None = None  # "stop", "length" or "error"; None: interrupted
+    stop_reason: int | str | None = None  # the token or string that stopped it, if it was asked for
+    error: str | None = None
+
+    def add(self, new: CompletionOutput) -> None:
+        """Appends what is new."""
+        self.text += new.text
+        self.token_ids += new.token_ids
+        self.finish_reason, self.stop_reason = new.finish_reason, new.stop_reason
+        self.error = new.error
 
 
 @dataclass
@@ -39,202 +59,153 @@ class Timing:
         return self.tokens / self.total_s if self.total_s else 0.0
 
 
-class WordStreamer(TextStreamer):
-    """Hands a sequence's text on in whole words."""
-
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        self._write = write
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Called by TextStreamer."""
-        self._write(text)
-
-
-class Collector(BaseStreamer):
-    """Receives each step's tokens, so that what was generated survives an interruption.
+@dataclass(frozen=True)
+class News:
+    """What a step gave to one prompt.
 
     Args:
-        outputs: one per row of the batch.
-        eos_ids: tokens that end a row.
-        on_step: called after each step with the number of tokens that rows received.
-        words: the text of row 0 as it comes.
+        prompt_index: of the prompt.
+        text: new text of its first sample.
+        is_done: all its samples have ended.
+    """
+
+    prompt_index: int
+    text: str
+    is_done: bool
+
+
+class Peak:
+    """The KV cache at the moment when most tokens were live.
+
+    At the end of a run every sequence has ended, so there would be nothing to see.
+
+    Args:
+        llm: whose cache it is.
+        sequences: that are to be generated.
+        with_map: keep the memory map, too.
+    """
+
+    def __init__(self, llm: LLM, sequences: int, *, with_map: bool) -> None:
+        self._llm = llm
+        self._pause_s = 0.0 if sequences <= _FEW_SEQUENCES else _LOOK_EVERY_S
+        self._with_map = with_map
+        self._next_s = 0.0
+        self._step = -1
+        self.stats: CacheStats | None = None
+        self.memory: MemoryMap | None = None
+
+    def look(self) -> None:
+        """Looks once per step, if it is time."""
+        step = self._llm.engine.scheduler.stats().steps
+        now = time.perf_counter()
+        if step == self._step or now < self._next_s:
+            return
+        self._step = step
+        stats: CacheStats = self._llm.stats().cache
+        if self.stats is None or stats.tokens > self.stats.tokens:
+            self.stats = stats
+            self.memory = self._llm.memory_map() if self._with_map else None
+        took = time.perf_counter() - now
+        pause = max(self._pause_s, 10 * took) if took > _LONG_LOOK_S else self._pause_s
+        self._next_s = now + took + pause
+
+
+class Run:
+    """One run over all prompts, and what has come of it so far.
+
+    Args:
+        llm: the engine.
+        request: with the prompts, as the user gave them.
+        prompt_ids: their tokens.
+        params: how to sample.
     """
 
     def __init__(
         self,
-        outputs: Sequence[Output],
-        eos_ids: frozenset[int],
-        on_step: Callable[[int], None],
-        words: WordStreamer | None,
+        llm: LLM,
+        request: Request,
+        prompt_ids: Sequence[list[int]],
+        params: SamplingParams,
     ) -> None:
-        self._outputs = outputs
-        self._eos_ids = eos_ids
-        self._on_step = on_step
-        self._words = words
-        self._is_prompt = True
-
-    def put(self, value: torch.Tensor) -> None:
-        """The prompt ``[rows, tokens]`` once, then each step's tokens ``[rows]``."""
-        if self._is_prompt:
-            self._is_prompt = False
-            return
-        added = 0
-        for row, (output, token) in enumerate(zip(self._outputs, value.tolist(), strict=True)):
-            if output.finish_reason is not None:
-                continue  # padding
-            added += 1
-            output.token_ids.append(token)
-            if token in self._eos_ids:
-                output.finish_reason = "stop"
-            elif row == 0 and self._words is not None:
-                self._words.put(value[:1])  # type: ignore[no-untyped-call]
-        self._on_step(added)
-
-    def end(self) -> None:
-        """All rows have ended or are full."""
-        for output in self._outputs:
-            output.finish_reason = output.finish_reason or "length"
-
-
-@dataclass
-class Generator:
-    """A model, its tokenizer and the cache that it generates with.
-
-    Args:
-        sampling: keyword arguments of ``model.generate``.
-        samples: sequences per prompt. They share the pages of the prompt if the cache can fork.
-    """
-
-    model: Any
-    tokenizer: Any
-    cache: Any
-    sampling: dict[str, Any]
-    samples: int
-    timing: Timing = field(default_factory=Timing)
-
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        """Tokens that end a text."""
-        eos = self.model.generation_config.eos_token_id
-        if eos is None:
-            eos = self.tokenizer.eos_token_id
-        return frozenset([eos] if isinstance(eos, int) else eos or ())
-
-    def run(
-        self,
-        prompts: Sequence[str],
-        *,
-        first_index: int,
-        new_tokens: int,
-        on_step: Callable[[int], None],
-        write: Callable[[str], None] | None = None,
-    ) -> list[Output]:
-        """Generates one batch; its sequences stay in the cache until the next reset.
-
-        Args:
-            prompts: texts of the batch.
-            first_index: number of its first prompt in the whole run.
-            new_tokens: most tokens per sequence.
-            on_step: called with the number of new tokens after each step.
-            write: takes the text of the batch's first sequence word by word.
-
-        Returns:
-            ``samples`` outputs per prompt, in order. After a KeyboardInterrupt they are what was
-            generated till then, and the exception has them as its ``outputs`` attribute.
-        """
-        device = self.model.device
-        batch = self.tokenizer(list(prompts), return_tensors="pt", padding=True)
-        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-        lengths = mask.sum(dim=1).tolist()
-        outputs = [
-            Output(first_index + i, sample, prompt, length)
-            for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
+        self.llm = llm
+        self.params = params
+        self.samples = request.samples
+        self.timing = Timing()
+        self.peak = Peak(llm, request.sequences, with_map=request.memory_map)
+        self.outputs = [
+            Output(index, sample, prompt, len(ids))
+            for index, (prompt, ids) in enumerate(zip(request.prompts, prompt_ids, strict=True))
             for sample in range(self.samples)
         ]
-        words = WordStreamer(self.tokenizer, write) if write else None
-        before, started = self.timing.total_s, time.perf_counter()
+        self._prompt_ids = prompt_ids
 
-        def step(tokens: int) -> None:
-            elapsed = time.perf_counter() - started
-            if self.timing.first_token_s is None:
-                self.timing.first_token_s = elapsed
-            self.timing.total_s = before + elapsed
-            self.timing.tokens += tokens
-            on_step(tokens)
+    def of_prompt(self, index: int) -> list[Output]:
+        """The outputs of one prompt, sample by sample."""
+        return self.outputs[index * self.samples : (index + 1) * self.samples]
 
-        streamer = Collector(outputs, self.eos_ids, step, words)
+    def most_tokens(self, index: int) -> int:
+        """Most tokens that a sample of a prompt can get."""
+        room = self.llm.max_model_len - len(self._prompt_ids[index])
+        return min(self.params.max_tokens or room, room)
+
+    def stats(self) -> EngineStats:
+        """Figures of the engine, now."""
+        return self.llm.stats()
+
+    def __iter__(self) -> Iterator[News]:
+        """Generates, and tells of each prompt whenever it has something new."""
+        started = time.perf_counter()
+        timing = self.timing
+        prompts = [{"prompt_token_ids": ids} for ids in self._prompt_ids]
         try:
-            if self.samples > 1:
-                ids, mask = self._share_prompt(ids, mask)
-            self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=self.cache,
-                max_new_tokens=new_tokens,
-                streamer=streamer,
-                **self.sampling,
-            )
-        except BaseException as error:
-            error.outputs = outputs  # type: ignore[attr-defined]
-            raise
+            for output in self.llm.stream(prompts, self.params, kind=OutputKind.DELTA):
+                tokens = sum(len(new.token_ids) for new in output.outputs)
+                timing.total_s = time.perf_counter() - started
+                timing.tokens += tokens
+                if tokens and timing.first_token_s is None:
+                    timing.first_token_s = timing.total_s
+                self.peak.look()
+                yield self._take(output)
         finally:
-            if words is not None:
-                words.end()  # type: ignore[no-untyped-call]
-            self.timing.total_s = before + time.perf_counter() - started
-            for output in outputs:
-                output.text = self.tokenizer.decode(
-                    output.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-                )
-        return outputs
+            timing.total_s = time.perf_counter() - started
 
-    def _share_prompt(
-        self, ids: torch.Tensor, mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Computes each prompt once and forks it: samples share its full pages.
-
-        The last token is left for ``generate``, which needs its logits.
-        """
-        if ids.shape[1] > 1:
-            greedy = {**self.sampling, "do_sample": False}
-            self.model.generate(
-                input_ids=ids[:, :-1],
-                attention_mask=mask[:, :-1],
-                past_key_values=self.cache,
-                max_new_tokens=1,
-                **{k: v for k, v in greedy.items() if k not in ("temperature", "top_p", "top_k")},
-            )
-            self.cache.batch_repeat_interleave(self.samples)
-        return (
-            ids.repeat_interleave(self.samples, dim=0),
-            mask.repeat_interleave(self.samples, dim=0),
-        )
+    def _take(self, output: RequestOutput) -> News:
+        index = int(output.request_id.rpartition("-")[2])
+        samples, text = self.of_prompt(index), ""
+        for new in output.outputs:
+            samples[new.index].add(new)
+            text += new.text if new.index == 0 else ""
+        samples[0].cached_tokens = output.num_cached_tokens
+        return News(index, text, output.finished)
 
 
-def sampling_options(
-    defaults: Any, temperature: float | None, top_p: float | None, top_k: int | None
-) -> dict[str, Any]:
-    """Keyword arguments of ``generate``: what was asked, else the model's own, else 0.8 / 0.95.
+def sampling_params(request: Request, defaults: Any) -> SamplingParams:
+    """What was asked for, else the model's own, else 0.8 / 0.95.
 
     Args:
-        defaults: the model's generation configuration.
-        temperature: 0 for the likeliest token always.
-        top_p: share of probability to sample from.
-        top_k: number of tokens to sample from; 0 or -1 for all.
+        request: with None for what is left to the model.
+        defaults: the model's generation configuration, or None.
     """
-    own = bool(defaults.do_sample)
-    if temperature is None:
-        temperature = (defaults.temperature or 1.0) if own else 0.8
-    common = {"num_beams": 1, "num_return_sequences": 1}
-    if temperature == 0:
-        return common | {"do_sample": False}
-    if top_p is None:
-        top_p = (defaults.top_p or 1.0) if own else 0.95
-    if top_k is None:
-        top_k = (defaults.top_k or 0) if own else 0
-    return common | {
-        "do_sample": True,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": max(top_k, 0),
-    }
+    own: Any = defaults if getattr(defaults, "do_sample", False) else None
+
+    def choose(asked: Any, name: str, otherwise: Any, neutral: Any) -> Any:
+        if asked is not None:
+            return asked
+        return otherwise if own is None else getattr(own, name, None) or neutral
+
+    return SamplingParams(
+        n=request.samples,
+        temperature=choose(request.temperature, "temperature", 0.8, 1.0),
+        top_p=choose(request.top_p, "top_p", 0.95, 1.0),
+        top_k=choose(request.top_k, "top_k", 0, 0),
+        min_p=choose(request.min_p, "min_p", 0.0, 0.0),
+        stop=request.stop or None,
+        max_tokens=request.max_tokens,
+        min_tokens=request.min_tokens,
+    )
+
+
+def settings(params: SamplingParams) -> dict[str, Any]:
+    """The sampling parameters that decide a text, for the record of a run."""
+    names = ("temperature", "top_p", "top_k", "min_p", "stop")
+    return {name: value for name, value in dataclasses.asdict(params).items() if name in names}

@@ -1,105 +1,122 @@
-"""Runs the batches of a request and shows them: texts, progress, reports."""
+"""Shows a run: texts in the order of the prompts, progress, reports, and what went wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.rule import Rule
 
 import vattn
 from vattn.cli import report
-from vattn.cli.console import BadInput, CliError, Page, one_line
+from vattn.cli.console import CliError, Page, Words, one_line
 from vattn.cli.generate import Request
-from vattn.cli.run import Generator, Output
+from vattn.cli.progress import Bar, Lines
+from vattn.cli.run import Output, Run, settings
 from vattn.config import format_bytes
 
 
 class Session:
-    """One run over all prompts, batch by batch, with its progress and its reports."""
+    """One run over all prompts, with its progress and its reports."""
 
-    def __init__(
-        self, request: Request, console: Console, generator: Generator, name: str, new_tokens: int
-    ) -> None:
+    def __init__(self, request: Request, console: Console, run: Run, name: str) -> None:
         self._request = request
         self._console = console
-        self._generator = generator
+        self._run = run
         self._name = name
-        self._new_tokens = new_tokens
         self._page = Page(console.width)
-        self._outputs: list[Output] = []
+        self._words = Words()
+        self._printed = 0  # outputs, in their order
         self._is_streamed = len(request.prompts) == 1
 
     def run(self) -> None:
         """Generates, prints and reports.
 
         Raises:
-            BadInput: sizes that no layout of the cache can have.
-            CliError: out of pages, or a driver's error.
+            CliError: out of pages, a driver's error, or anything else that ended a text early.
             typer.Exit: with code 130 after Ctrl-C.
         """
-        stats = None
-        timing = self._generator.timing
+        timing, ended = self._run.timing, False
         try:
             self._generate()
-            stats = self._report()
+            ended = True
+            self._report()
         except KeyboardInterrupt:
+            self._print_rest()
             self._console.print(f"\ninterrupted after {timing.tokens} tokens", style="yellow")
             raise typer.Exit(130) from None
-        except vattn.OutOfPages as error:
-            stats = self._report()
-            raise CliError(self._explain(error)) from error
         except vattn.DriverError as error:
+            self._print_rest()
             raise CliError(f"the driver failed: {one_line(error)}; see vattn doctor") from error
-        except ValueError as error:
-            if timing.tokens:
-                raise
-            raise BadInput(one_line(error)) from error
         finally:
             if self._request.json_file is not None:
-                report.write_json(
-                    self._request.json_file, self._record(), self._outputs, stats, timing
-                )
+                self._write_json(with_stats=ended)
+        if failed := [output for output in self._run.outputs if output.error is not None]:
+            raise CliError(self._explain(failed))
+
+    # Texts ----------------------------------------------------------------------------------------
 
     def _generate(self) -> None:
-        prompts, step = self._request.prompts, self._request.batch_size
-        with self._progress() as advance:
-            for first in range(0, len(prompts), step):
-                self._generator.cache.reset()
-                batch = prompts[first : first + step]
+        """Streams the first sample of a single prompt, and prints every prompt that is done."""
+        run, prompts = self._run, len(self._request.prompts)
+        done: set[int] = set()
+        unused = 0  # tokens that prompts which are done might have got, too
+        most = sum(run.most_tokens(index) for index in range(prompts)) * run.samples
+        if self._is_streamed:
+            self._head(0)
+        with self._progress() as progress:
+            for news in run:
                 if self._is_streamed:
-                    self._head(0)
-                try:
-                    outputs = self._generator.run(
-                        batch,
-                        first_index=first,
-                        new_tokens=self._new_tokens,
-                        on_step=lambda tokens: advance(tokens, None),
-                        write=self._page.text if self._is_streamed else None,
-                    )
-                except (KeyboardInterrupt, vattn.OutOfPages) as error:
-                    advance(0, first)
-                    outputs = getattr(error, "outputs", [])
-                    self._print([o for i, o in enumerate(outputs) if o.token_ids or i == 0])
-                    raise
-                advance(0, first + len(batch))
-                self._print(outputs)
+                    self._page.text(self._words.add(news.text))
+                if news.is_done:
+                    done.add(news.prompt_index)
+                    unused += self._unused(news.prompt_index)
+                speed = run.timing.tokens_per_s
+                progress.update(len(done), (run.timing.tokens + unused) / most, speed)
+                if self._next_prompt in done:
+                    progress.hide()
+                    while self._next_prompt in done:
+                        self._print_prompt()
 
-    def _print(self, outputs: Sequence[Output]) -> None:
-        """Prints a batch, without what has been streamed already."""
-        total = len(self._request.prompts) * self._request.samples
-        for i, output in enumerate(outputs):
-            if not (self._is_streamed and i == 0):
-                self._head(len(self._outputs))
-                self._page.text(output.text)
-            self._outputs.append(output)
-            self._page.end(is_last=len(self._outputs) == total)
+    @property
+    def _next_prompt(self) -> int:
+        return self._printed // self._run.samples
+
+    def _unused(self, index: int) -> int:
+        outputs = self._run.of_prompt(index)
+        most = self._run.most_tokens(index) * len(outputs)
+        return most - sum(len(output.token_ids) for output in outputs)
+
+    def _progress(self) -> Bar | Lines:
+        prompts = len(self._request.prompts)
+        if self._console.is_terminal and not self._is_streamed:
+            return Bar(self._console, prompts)
+        return Lines(self._console, prompts, is_silent=self._is_streamed)
+
+    def _print_prompt(self) -> None:
+        for output in self._run.of_prompt(self._next_prompt):
+            self._print(output)
+
+    def _print_rest(self) -> None:
+        """Prints what there is of the texts that have not been printed."""
+        for number in range(self._printed, len(self._run.outputs)):
+            output = self._run.outputs[number]
+            if output.token_ids or (number == 0 and self._is_streamed):
+                self._print(output)
+
+    def _print(self, output: Output) -> None:
+        """Prints an output, without what has been streamed already."""
+        number = output.prompt_index * self._run.samples + output.sample
+        self._printed = number + 1
+        if number == 0 and self._is_streamed:
+            self._page.text(self._words.rest())
+        else:
+            self._head(number)
+            self._page.text(output.text)
+        self._page.end()
 
     def _head(self, number: int) -> None:
         """What stands before output ``number``: its title, where there are several, and prompt."""
@@ -109,91 +126,59 @@ class Session:
         titles += [f"sample {sample + 1} of {samples}"] if samples > 1 else []
         if titles:
             self._console.print(Rule(", ".join(titles), align="left", style="dim"))
+        self._page.begin()
         self._page.prompt("..." if sample else prompts[index])
 
-    @contextmanager
-    def _progress(self) -> Iterator[Callable[[int, int | None], None]]:
-        """A bar on a terminal, a line per batch elsewhere, nothing when text is streamed.
+    # Reports --------------------------------------------------------------------------------------
 
-        Yields:
-            ``advance(tokens, prompts)``: new tokens, and how many prompts are done after a batch.
-        """
-        timing, total = self._generator.timing, len(self._request.prompts)
-        if self._is_streamed:
-            yield lambda tokens, done: None
-            return
-        if not self._console.is_terminal:
-
-            def log(tokens: int, done: int | None) -> None:
-                if done:
-                    line = f"{done} of {total} prompts, {timing.tokens_per_s:.0f} tokens/s"
-                    self._console.print(line, style="dim")
-
-            yield log
-            return
-        progress = Progress(
-            TextColumn("generating"),
-            BarColumn(),
-            TextColumn("{task.fields[prompts]} of {task.fields[all_prompts]} prompts"),
-            TextColumn("{task.fields[speed]:.0f} tokens/s"),
-            TimeElapsedColumn(),
-            console=self._console,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-        per_prompt = self._request.samples * self._new_tokens
-        task = progress.add_task(
-            "", total=total * per_prompt, prompts=0, all_prompts=total, speed=0
-        )
-
-        def advance(tokens: int, done: int | None) -> None:
-            speed = timing.tokens_per_s
-            if done is None:
-                progress.start()
-                progress.update(task, advance=tokens, speed=speed)
-            else:  # texts are printed next, where the bar was
-                progress.update(task, completed=done * per_prompt, prompts=done, speed=speed)
-                progress.stop()
-
-        try:
-            yield advance
-        finally:
-            progress.stop()
-
-    def _report(self) -> vattn.CacheStats:
-        """Draws the map and the figures while the sequences are still in the cache."""
-        cache = self._generator.cache
-        stats: vattn.CacheStats = cache.stats()
-        if self._request.memory_map:
-            report.print_map(self._console, cache.memory_map(), cache.kv.layout)
+    def _report(self) -> None:
+        """Draws the map and prints the figures."""
+        run, peak = self._run, self._run.peak
+        layout = run.llm.engine.cache.layout
+        if self._request.memory_map and peak.memory is not None:
+            report.print_map(self._console, peak.memory, layout)
         if self._request.stats:
-            reserved = cache.kv.layout.reserved_bytes
-            report.print_figures(self._console, stats, self._generator.timing, reserved)
-        return stats
+            report.print_figures(self._console, peak.stats, run.stats(), run.timing)
 
-    def _explain(self, error: vattn.OutOfPages) -> str:
-        pool = self._generator.cache.kv.pool.stats()
-        return (
-            f"out of pages: {one_line(error).split(';')[0]}; raise --budget (it is "
-            f"{format_bytes(pool.budget_bytes)}), or lower --batch-size, --n or --max-tokens"
-        )
+    def _explain(self, failed: list[Output]) -> str:
+        """One line on why texts ended early, and what to do."""
+        first = failed[0]
+        reason = one_line(first.error)
+        if "pages" in reason:
+            needs = reason.split(";")[0].removeprefix("out of pages: ")
+            budget = format_bytes(self._run.stats().cache.budget_bytes)
+            reason = (
+                f"out of pages: {needs}; raise --budget (it is {budget}), or lower --max-tokens"
+            )
+        elif "driver" in reason:
+            reason += "; see vattn doctor"
+        if len(self._request.prompts) > 1:
+            reason = f"prompt {first.prompt_index + 1}: {reason}"
+        prompts = len({output.prompt_index for output in failed})
+        return reason if prompts == 1 else f"{reason} (and so {prompts - 1} more of the prompts)"
+
+    def _write_json(self, *, with_stats: bool) -> None:
+        run = self._run
+        outputs = [output for output in run.outputs if output.token_ids or output.finish_reason]
+        engine = run.stats() if with_stats else None
+        path = self._request.json_file
+        assert path is not None
+        peak = run.peak.stats if with_stats else None
+        report.write_json(path, self._record(), outputs, peak, engine, run.timing)
 
     def _record(self) -> dict[str, Any]:
-        request, model = self._request, self._generator.model
+        request, engine = self._request, self._run.llm.engine
         return {
             "model": self._name,
-            "device": str(model.device),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "max_tokens": self._new_tokens,
+            "device": str(engine.loaded.device),
+            "dtype": str(engine.loaded.model.dtype).removeprefix("torch."),
+            "max_tokens": request.max_tokens,
             "n": request.samples,
-            "batch_size": request.batch_size,
+            "max_model_len": engine.max_model_len,
+            "max_num_seqs": engine.scheduler.max_num_seqs,
+            "max_num_batched_tokens": engine.scheduler.max_num_batched_tokens,
             "seed": request.seed,
-            "sampling": {
-                k: v
-                for k, v in self._generator.sampling.items()
-                if k in ("do_sample", "temperature", "top_p", "top_k")
-            },
+            "sampling": settings(self._run.params),
             "versions": {
                 "vattn": vattn.__version__,
                 "torch": torch.__version__,
