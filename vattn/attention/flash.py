@@ -1,0 +1,234 @@
+"""What all FlashAttention backends share: the calls of a step and the tensors that they take.
+
+A step makes two calls, decodes and chunks: one chunk beside the decodes would turn off the split of
+long sequences over the GPU that makes decoding fast. Slots are reached without copying in one of
+two forms:
+
+* *kvcache form*: K and V as ``[slots, longest, kv_heads, head_dim]``, cut to the longest sequence
+  of the call, and for each sequence its slot and its length;
+* *flat form*: K and V as ``[slots * slot_tokens, kv_heads, head_dim]``, and for each sequence the
+  token at which its slot begins and its length.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+
+from vattn.attention.base import AttentionSpec, Int32, Step, append, prepare_append
+from vattn.kv.layout import Order
+
+_HALVES = (torch.float16, torch.bfloat16)
+_MOST_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class Call:
+    """The sequences of one kernel call, as int32 tensors on the device.
+
+    Args:
+        rows: of the packed batch.
+        decodes: one query each.
+        slots: ``[n]``.
+        kv_lens: ``[n]``, tokens in each slot.
+        query_starts: ``[n + 1]``, where each sequence's queries begin in ``rows``.
+        kv_starts: per number of tokens in a slot, ``[n + 1]``: where each begins in the flat view.
+            The last entry is where the last sequence ends.
+        longest_query, longest_kv: of the sequences.
+    """
+
+    rows: slice
+    decodes: bool
+    slots: torch.Tensor
+    kv_lens: torch.Tensor
+    query_starts: torch.Tensor
+    kv_starts: dict[int, torch.Tensor]
+    longest_query: int
+    longest_kv: int
+
+
+class FlashBackend(abc.ABC):
+    """A FlashAttention kernel on slots in token order.
+
+    Args:
+        specs: of the layers it will serve; they decide the tiles.
+    """
+
+    name: str
+    order: Order | None = "token"
+    # Compute capabilities that the kernel is built for, by major version; None for 8 and above.
+    architectures: Collection[int] | None = None
+    has_softcap = True
+    has_sinks = True
+
+    def __init__(self, specs: Iterable[AttentionSpec] = ()) -> None:
+        tiles = {tile for spec in specs for tile in self.tiles(spec.head_dim)}
+        self.kv_tile_tokens: tuple[int, ...] = tuple(sorted(tiles)) or (1,)
+
+    @staticmethod
+    @abc.abstractmethod
+    def tiles(head_dim: int) -> tuple[int, ...]:
+        """Tokens of K and V that the kernel loads at once."""
+
+    @abc.abstractmethod
+    def attend(
+        self,
+        call: Call,
+        spec: AttentionSpec,
+        query: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Calls the kernel.
+
+        Args:
+            call: which sequences.
+            spec: of the layer.
+            query: ``[n, heads, head_dim]``, theirs.
+            k: of all slots, ``[slots, slot_tokens, kv_heads, head_dim]``.
+            v: like ``k``.
+            sinks: ``[heads]``, if the spec has them.
+
+        Returns:
+            Like ``query``.
+        """
+
+    @classmethod
+    def create(cls, specs: Sequence[AttentionSpec], device: torch.device) -> Self:
+        """For a model's layers on a device, with the kernel that is installed.
+
+        Raises:
+            Unavailable: there is none.
+        """
+        del device
+        return cls(specs)
+
+    @classmethod
+    def refusal(cls, spec: AttentionSpec, device: torch.device) -> str | None:
+        """Why it cannot serve a layer on a device; None if it can."""
+        if device.type != "cuda":
+            return f"needs a CUDA device, not {device}"
+        major, minor = capability(device)
+        if major < 8 or (cls.architectures is not None and major not in cls.architectures):
+            wanted = "8.0 or above"
+            if cls.architectures is not None:
+                wanted = " or ".join(f"{major}.x" for major in sorted(cls.architectures))
+            return f"needs compute capability {wanted}, not {major}.{minor}"
+        if spec.dtype not in _HALVES:
+            return f"computes in float16 and bfloat16, not {spec.dtype}"
+        if spec.head_dim > _MOST_HEAD_DIM or spec.head_dim % 8:
+            return f"head_dim={spec.head_dim} is not a multiple of 8 up to {_MOST_HEAD_DIM}"
+        if spec.heads % spec.kv_heads:
+            return f"{spec.heads} heads do not divide among {spec.kv_heads} KV heads"
+        if spec.softcap is not None and not cls.has_softcap:
+            return "has no soft-capping of scores"
+        if spec.sinks and not cls.has_sinks:
+            return "has no attention sinks"
+        return None
+
+    def prepare(self, step: Step, specs: Sequence[AttentionSpec]) -> None:
+        """Moves slots and lengths to the device, in one transfer."""
+        del specs
+        prepare_append(step)
+        step.plan["calls"] = _calls(step)
+
+    def forward(
+        self,
+        layer: int,
+        spec: AttentionSpec,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        step: Step,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Appends K and V, then attends; see :meth:`vattn.attention.base.Backend.forward`."""
+        append(layer, key, value, step)
+        k, v = step.cache.layer(layer)
+        calls: list[Call] = step.plan["calls"]
+        outs = [self.attend(call, spec, query[call.rows], k, v, sinks) for call in calls]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
+def window_sizes(spec: AttentionSpec) -> tuple[int, int]:
+    """Tokens before and after a query that it sees: ours count the query itself; -1 for all."""
+    return (-1, -1) if spec.window is None else (spec.window - 1, 0)
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """``[slots, slot_tokens, ...]`` as ``[slots * slot_tokens, ...]``, never a copy."""
+    return tensor.view(-1, *tensor.shape[2:])
+
+
+def with_sinks(
+    out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None, *, head_dim_of_lse: int
+) -> torch.Tensor:
+    """Lets a logit per head join a finished softmax, of which the kernel told the log-sum-exp.
+
+    Args:
+        out: ``[n, heads, head_dim]``.
+        lse: float32 of shape ``[heads, n]``, or ``[n, heads]`` with ``head_dim_of_lse=1``.
+        sinks: ``[heads]``; None leaves the output as it is.
+        head_dim_of_lse: which dimension of ``lse`` the heads are.
+    """
+    if sinks is None:
+        return out
+    by_token = lse if head_dim_of_lse else lse.transpose(0, 1)
+    share = torch.sigmoid(by_token - sinks.float())
+    return (out * share.unsqueeze(-1)).to(out.dtype)
+
+
+def _calls(step: Step) -> list[Call]:
+    """The decodes and the chunks of a step."""
+    sizes = sorted({region.slot_tokens for region in step.cache.layout.regions})
+    decodes, sequences = step.num_decodes, len(step.slots)
+    parts = [(0, decodes, 0), (decodes, sequences, decodes)]
+    arrays: list[Int32] = []
+    for first, last, _ in parts:
+        slots, kv_lens = step.slots[first:last], step.kv_lens[first:last]
+        starts = np.concatenate([[0], np.cumsum(step.query_lens[first:last])])
+        arrays += [slots, kv_lens, starts.astype(np.int32)]
+        arrays += [_kv_starts(slots, kv_lens, size) for size in sizes]
+    # One copy to the device; the parts are views of it.
+    packed = torch.from_numpy(np.concatenate(arrays).astype(np.int32, copy=False))
+    moved = packed.to(step.cache.device, non_blocking=True)
+    tensors = list(torch.split(moved, [len(array) for array in arrays]))
+    calls, each = [], 3 + len(sizes)
+    for i, (first, last, row) in enumerate(parts):
+        if first == last:
+            continue
+        slots_, kv_lens_, starts_, *kv_starts = tensors[i * each : (i + 1) * each]
+        lens = step.query_lens[first:last]
+        calls.append(
+            Call(
+                rows=slice(row, row + int(lens.sum())),
+                decodes=i == 0,
+                slots=slots_,
+                kv_lens=kv_lens_,
+                query_starts=starts_,
+                kv_starts=dict(zip(sizes, kv_starts, strict=True)),
+                longest_query=int(lens.max()),
+                longest_kv=int(step.kv_lens[first:last].max()),
+            )
+        )
+    return calls
+
+
+def _kv_starts(slots: Int32, kv_lens: Int32, slot_tokens: int) -> Int32:
+    """Where slots begin in the flat view. With lengths given, kernels take any order of these."""
+    starts = np.zeros(len(slots) + 1, np.int32)
+    starts[:-1] = slots * np.int32(slot_tokens)
+    if len(slots):
+        starts[-1] = starts[-2] + kv_lens[-1]
+    return starts
