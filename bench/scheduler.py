@@ -1,6 +1,6 @@
 """What the scheduler costs per step, on a stub of the model: 256 running sequences by default.
 
-    python -m bench.scheduler                     # memory that always has pages, and a real KVCache
+    python -m bench.scheduler                     # stub memory, a KVCache, and the whole engine
     python -m bench.scheduler --memory stub --steps 2000
 
 Two loads: ``steady``, where every sequence decodes in every step, and ``churn``, where each new
@@ -8,7 +8,8 @@ request gets an output length of its own, so that some end and others are admitt
 Parts of a step: ``schedule`` (with the memory's ``grow``), ``computed``, ``stage`` (with the
 memory's ``prepare``), ``append`` (tokens, stop checks, releases) and ``ended``. The KVCache has its
 pages mapped already, as they are when the mapper was ahead of the step, so ``grow`` is
-``ensure_many`` with nothing to map.
+``ensure_many`` with nothing to map. ``engine`` times ``Engine.step()`` as a whole, with everything
+but a model: the real memory manager, packing, sampling and outputs, and pages mapped on the way.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 
 from bench.common import Json, Target, parser, print_table, print_targets, report, write_json
+from bench.engine_step import step_times
 from vattn import KVCache
 from vattn.engine.scheduler import Scheduler
 from vattn.request import Request, SamplingParams
@@ -31,7 +33,7 @@ from vattn.request import Request, SamplingParams
 PARTS = ("schedule", "computed", "stage", "append", "ended")
 PROMPT_TOKENS = 32
 LOADS = ("steady", "churn")
-MEMORIES = ("stub", "cache")
+MEMORIES = ("stub", "cache", "engine")
 TARGET_US = 500.0
 _WARMUP_STEPS = 20
 
@@ -136,6 +138,8 @@ class Load:
 
 def measure(memory_name: str, load_name: str, sequences: int, steps: int) -> Json:
     """Times of ``steps`` steps in microseconds, per part and in total."""
+    if memory_name == "engine":
+        return measure_engine(load_name, sequences, steps)
     slots, most = sequences + 16, PROMPT_TOKENS + steps + _WARMUP_STEPS + 2
     memory = StubMemory(slots) if memory_name == "stub" else CacheMemory(slots, most)
     scheduler = Scheduler(
@@ -189,9 +193,27 @@ def measure(memory_name: str, load_name: str, sequences: int, steps: int) -> Jso
     }
 
 
+def measure_engine(load_name: str, sequences: int, steps: int) -> Json:
+    """The same of whole engine steps; there are no parts."""
+    times, running, ends = step_times(load_name, sequences, steps, _WARMUP_STEPS, PROMPT_TOKENS)
+    return {
+        "memory": "engine",
+        "load": load_name,
+        "sequences": sequences,
+        "steps": steps,
+        "median_running": statistics.median(running),
+        "ended": ends,
+        "us": {"total": _spread(times)},
+    }
+
+
 def _spread(values: Sequence[float]) -> dict[str, float]:
     median, p99 = np.percentile(values, [50, 99])
     return {"median": float(median), "p99": float(p99)}
+
+
+def _cell(us: dict[str, float] | None) -> str:
+    return f"{us['median']:.1f} ({us['p99']:.1f})" if us else "-"
 
 
 def make_targets(results: Sequence[Json]) -> list[Target]:
@@ -202,7 +224,11 @@ def make_targets(results: Sequence[Json]) -> list[Target]:
             TARGET_US,
             "us",
             at_least=False,
-            note="schedule, ensure, stop checks",
+            note=(
+                "the whole step but the model"
+                if r["memory"] == "engine"
+                else "schedule, ensure, stop checks"
+            ),
         )
         for r in results
     ]
@@ -227,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             [
                 r["memory"],
                 r["load"],
-                *(f"{us['median']:.1f} ({us['p99']:.1f})" for us in r["us"].values()),
+                *(_cell(r["us"].get(part)) for part in (*PARTS, "total")),
             ]
             for r in results
         ],

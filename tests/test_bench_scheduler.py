@@ -17,13 +17,14 @@ def test_scheduler(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert document["benchmark"] == "scheduler"
     assert {*document} >= {"machine", "commit", "settings", "results", "targets", "versions"}
     cells = {(r["memory"], r["load"]): r for r in document["results"]}
-    assert set(cells) == {(m, w) for m in ("stub", "cache") for w in ("steady", "churn")}
-    for (_, load), cell in cells.items():
+    assert set(cells) == {(m, w) for m in ("stub", "cache", "engine") for w in ("steady", "churn")}
+    for (memory, load), cell in cells.items():
         assert cell["median_running"] == 8
-        assert set(cell["us"]) == {*bench.scheduler.PARTS, "total"}
+        parts = () if memory == "engine" else bench.scheduler.PARTS
+        assert set(cell["us"]) == {*parts, "total"}
         assert all(0 < us["median"] <= us["p99"] for us in cell["us"].values())
         assert (cell["ended"] > 0) == (load == "churn")
-    assert len(document["targets"]) == 4
+    assert len(document["targets"]) == 6
     assert all(target["limit"] == bench.scheduler.TARGET_US for target in document["targets"])
     assert "us per step of 8 sequences" in capsys.readouterr().out
 

@@ -8,7 +8,9 @@ short leaves what it finished. Without a GPU every stage is listed as skipped, a
 
 build     pip install -e . if the native module is missing or older than its sources
 contract  the driver contract suite on the real driver
-cache     tests/gpu, and the tests of KVCache on the real driver
+cache     the tests of KVCache on the real driver
+attention every installed attention backend against a float32 reference
+engine    vattn.LLM against generate, float32 exact and bf16 close
 vmm       bench.vmm: every driver operation, batched against one by one, beside a running kernel
 layout    bench.layout: attention on virtual slots for every layout and page size
 """
@@ -76,7 +78,7 @@ PYTEST = (
     "no:cacheprovider",
 )
 CONTRACT = ("tests/test_driver_contract.py", "tests/test_driver_contract_work.py")
-CACHE = ("tests/gpu", "tests/test_kv_cache.py", "tests/test_kv_memory.py")
+CACHE = ("tests/gpu/test_cache_gpu.py", "tests/test_kv_cache.py", "tests/test_kv_memory.py")
 
 STAGES = (
     Stage(
@@ -85,7 +87,9 @@ STAGES = (
         ("-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."),
     ),
     Stage("contract", 90, (*PYTEST, *CONTRACT)),
-    Stage("cache", 150, (*PYTEST, *CACHE)),
+    Stage("cache", 120, (*PYTEST, *CACHE)),
+    Stage("attention", 90, (*PYTEST, "tests/gpu/test_attention.py")),
+    Stage("engine", 90, (*PYTEST, "tests/gpu/test_engine.py")),
     Stage("vmm", 90, ("-m", "bench.vmm", "--json", "{json}")),
     Stage("layout", 200, ("-m", "bench.layout", "--json", "{json}", "--budget-s", "{limit}")),
 )
