@@ -37,7 +37,8 @@ from bench.kernels import Kernel, Prepare, load_kernels
 from bench.layout_cells import Bench, Model, fits
 from bench.layout_tables import layouts, name_of, points, print_grid, print_layouts
 from bench.provenance import device_slug, gpu_missing
-from bench.waste import Lengths, draw_lengths, footprint, read_lengths
+from bench.trace import Lengths
+from bench.waste import draw_lengths, footprint, read_lengths
 from vattn.kv.cache import DEFAULT_TILES
 from vattn.kv.layout import LayerSpec, make_layout
 

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from bench.common import Json
+from bench.trace import Lengths, draw_trace, read_trace
 from vattn.kv.layout import Region
-
-Lengths = npt.NDArray[np.int64]
-
-# Of the conversation trace of the Azure LLM inference data (2023): the draw without a trace.
-_CONTEXT = (1155.0, 1020.0)  # mean, median
-_GENERATED = (211.0, 129.0)
 
 
 @dataclass(frozen=True)
@@ -73,29 +64,10 @@ def _whole_pages(sizes: Lengths, page_bytes: int) -> int:
 
 
 def read_lengths(path: Path) -> Lengths:
-    """Final lengths, context plus generated tokens, of a trace (csv or csv.gz).
-
-    Raises:
-        ValueError: no columns ContextTokens and GeneratedTokens, or no rows.
-    """
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", newline="") as file:
-        rows = csv.DictReader(file)
-        if not {"ContextTokens", "GeneratedTokens"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"{path} has no columns ContextTokens and GeneratedTokens")
-        found = [int(row["ContextTokens"]) + int(row["GeneratedTokens"]) for row in rows]
-    if not found:
-        raise ValueError(f"{path} has no requests")
-    return np.array(found, dtype=np.int64)
+    """Final lengths, context plus generated tokens, of a trace; see :func:`read_trace`."""
+    return read_trace(path).total
 
 
 def draw_lengths(requests: int = 4000, seed: int = 0) -> Lengths:
-    """Log-normal context and generated lengths with the means and medians of a real trace."""
-    random = np.random.default_rng(seed)
-
-    def draw(mean: float, median: float) -> Lengths:
-        sigma = math.sqrt(2 * math.log(mean / median))
-        values = random.lognormal(math.log(median), sigma, requests)
-        return np.maximum(1, np.rint(values)).astype(np.int64)
-
-    return draw(*_CONTEXT) + draw(*_GENERATED)
+    """Final lengths of a drawn trace; see :func:`draw_trace`."""
+    return draw_trace(requests, seed).total

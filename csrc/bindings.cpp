@@ -23,6 +23,7 @@ void bind_errors(py::module_& module) {
   const auto out_of_pages =
       py::register_exception<OutOfPages>(module, "OutOfPages", PyExc_MemoryError);
   py::register_exception<OutOfSlots>(module, "OutOfSlots", out_of_pages.ptr());
+  py::register_exception<PagesGone>(module, "PagesGone", PyExc_LookupError);
   py::register_exception<InvariantError>(module, "InvariantError", PyExc_AssertionError);
 
   static py::handle driver_error =

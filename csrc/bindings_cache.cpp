@@ -35,11 +35,13 @@ py::dict space_stats(SlotSpace& space) {
   const SpaceStats s = without_gil([&] { return space.stats(); });
   py::dict out;
   out["open_slots"] = s.open_slots;
+  out["kept_slots"] = s.kept_slots;
   out["tokens"] = s.tokens;
   out["token_bytes"] = s.token_bytes;
   out["live_bytes"] = s.live_bytes;
   out["cover_bytes"] = s.cover_bytes;
   out["stale_bytes"] = s.stale_bytes;
+  out["kept_bytes"] = s.kept_bytes;
   out["shared_bytes"] = s.shared_bytes;
   out["scratch_bytes"] = s.scratch_bytes;
   out["reserved_bytes"] = s.reserved_bytes;
@@ -49,6 +51,7 @@ py::dict space_stats(SlotSpace& space) {
   out["pages_recycled"] = s.pages_recycled;
   out["pages_reclaimed"] = s.pages_reclaimed;
   out["copied_bytes"] = s.copied_bytes;
+  out["evicted_tokens"] = s.evicted_tokens;
   return out;
 }
 
@@ -90,6 +93,9 @@ std::shared_ptr<Ticket> prepare_async(std::shared_ptr<SlotSpace> space, Mapper& 
   }
   std::vector<std::int32_t> slot_list = values_of(slots), token_list = values_of(tokens);
   const py::gil_scoped_release release;
+  // Waking the thread costs more than looking, and in most steps of a decode there is nothing to
+  // do.
+  if (space->prepared(slot_list, token_list)) return Ticket::finished();
   return mapper.submit([space = std::move(space), slot_list = std::move(slot_list),
                         token_list = std::move(token_list),
                         stream] { space->prepare(slot_list, token_list, stream); });
@@ -112,6 +118,65 @@ void single(SlotSpace& space, std::int64_t slot, std::int64_t tokens, Stream str
   (space.*kCall)({&s, 1}, {&t, 1}, stream);
 }
 
+py::array_t<std::int32_t> kept_lengths(SlotSpace& space) {
+  const std::vector<KeptRange> kept = without_gil([&] { return space.kept_lengths(); });
+  py::array_t<std::int32_t> out({kept.size(), std::size_t{2}});
+  std::int32_t* data = out.mutable_data();
+  for (std::size_t i = 0; i < kept.size(); ++i) {
+    data[2 * i] = static_cast<std::int32_t>(kept[i].lowest);
+    data[2 * i + 1] = static_cast<std::int32_t>(kept[i].tokens);
+  }
+  return out;
+}
+
+void bind_kept(py::class_<SlotSpace, std::shared_ptr<SlotSpace>>& space) {
+  space
+      .def(
+          "kept",
+          [](SlotSpace& s, std::uint32_t slot) {
+            const KeptRange kept = without_gil([&] { return s.kept(slot); });
+            return py::make_tuple(kept.lowest, kept.tokens);
+          },
+          py::arg("slot"))
+      .def("kept_lengths", &kept_lengths)
+      .def("reopen", &SlotSpace::reopen, py::arg("slot"), py::arg("tokens"), NoGil())
+      .def("forget", &SlotSpace::forget, py::arg("slot"), NoGil())
+      .def("touch", &SlotSpace::touch, py::arg("slot"), NoGil())
+      .def("evictions", &SlotSpace::evictions)
+      .def(
+          "pages_needed_many",
+          [](SlotSpace& s, const Int32Array& slots, const Int32Array& tokens) {
+            const std::vector<std::int32_t> a = values_of(slots), b = values_of(tokens);
+            return without_gil([&] { return s.pages_needed_many(a, b); });
+          },
+          py::arg("slots").noconvert(), py::arg("tokens").noconvert())
+      .def(
+          "admission_pages",
+          [](SlotSpace& s, std::size_t tokens, std::optional<std::uint32_t> source,
+             std::size_t shared_tokens, bool in_place, std::size_t anchor) {
+            return s.admission_pages({tokens, source, shared_tokens, in_place, anchor});
+          },
+          py::arg("tokens"), py::arg("source") = py::none(), py::arg("shared_tokens") = 0,
+          py::arg("in_place") = false, py::arg("anchor") = 0, NoGil())
+      .def("anchor", &SlotSpace::anchor, py::arg("slot"), NoGil())
+      .def("saved_bytes", &SlotSpace::saved_bytes, py::arg("slot"), NoGil())
+      .def(
+          "copy_out",
+          [](SlotSpace& s, std::uint32_t slot, Address host, std::size_t bytes, Stream stream) {
+            s.copy_out(slot, reinterpret_cast<void*>(host), bytes, stream);
+          },
+          py::arg("slot"), py::arg("host"), py::arg("bytes"), py::arg("stream") = 0, NoGil())
+      .def(
+          "copy_in",
+          [](SlotSpace& s, std::uint32_t slot, std::size_t tokens, std::size_t anchor, Address host,
+             std::size_t bytes, std::size_t first_token, Stream stream) {
+            s.copy_in(slot, tokens, anchor, reinterpret_cast<const void*>(host), bytes, first_token,
+                      stream);
+          },
+          py::arg("slot"), py::arg("tokens"), py::arg("anchor"), py::arg("host"), py::arg("bytes"),
+          py::arg("first_token") = 0, py::arg("stream") = 0, NoGil());
+}
+
 // Waits for kernels that still use the slots, which other threads may have to help along. The last
 // reference is Python's, or that of a job of the mapper, which has no GIL to release.
 void destroy_space(SlotSpace* space) {
@@ -121,7 +186,9 @@ void destroy_space(SlotSpace* space) {
 }
 
 void bind_space(py::module_& module) {
-  py::class_<SlotSpace, std::shared_ptr<SlotSpace>>(module, "SlotSpace")
+  py::class_<SlotSpace, std::shared_ptr<SlotSpace>> bound(module, "SlotSpace");
+  bind_kept(bound);
+  bound
       .def(py::init([](std::shared_ptr<PagePool> pool, const std::vector<RegionSpec>& regions,
                        std::uint32_t slots, std::size_t max_tokens,
                        const std::vector<std::uint32_t>& tiles, bool keep_stale) {
@@ -134,7 +201,8 @@ void bind_space(py::module_& module) {
            py::arg("max_tokens"), py::arg("tiles"), py::arg("keep_stale") = true, NoGil())
       .def("open", &SlotSpace::open, py::arg("slot") = py::none(), py::arg("expected_tokens") = 0,
            NoGil())
-      .def("release", &SlotSpace::release, py::arg("slot"), py::arg("stream") = 0, NoGil())
+      .def("release", &SlotSpace::release, py::arg("slot"), py::arg("stream") = 0,
+           py::arg("keep") = false, NoGil())
       .def("ensure", &single<&SlotSpace::ensure>, py::arg("slot"), py::arg("tokens"),
            py::arg("stream") = 0, NoGil())
       .def("prepare", &single<&SlotSpace::prepare>, py::arg("slot"), py::arg("tokens"),
@@ -152,6 +220,7 @@ void bind_space(py::module_& module) {
       .def("trim", &SlotSpace::trim, NoGil())
       .def("mark_dirty", &SlotSpace::mark_dirty, py::arg("slot"), NoGil())
       .def("tokens", &SlotSpace::tokens, py::arg("slot"), NoGil())
+      .def("lowest", &SlotSpace::lowest, py::arg("slot"), NoGil())
       .def("generation", &SlotSpace::generation, py::arg("slot"), NoGil())
       .def("is_open", &SlotSpace::is_open, py::arg("slot"), NoGil())
       .def("pages_needed", &SlotSpace::pages_needed, py::arg("slot"), py::arg("tokens"), NoGil())
@@ -205,7 +274,8 @@ void bind_cache(py::module_& module) {
       .value("LIVE", PageState::kLive)
       .value("SHARED", PageState::kShared)
       .value("COVER", PageState::kCover)
-      .value("STALE", PageState::kStale);
+      .value("STALE", PageState::kStale)
+      .value("KEPT", PageState::kKept);
 
   bind_space(module);
 }

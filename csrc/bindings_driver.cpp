@@ -62,6 +62,7 @@ void bind_driver_class(py::module_& module) {
       .def("granularity", &Driver::granularity)
       .def("default_page_bytes", &Driver::default_page_bytes)
       .def("fresh_pages_are_zero", &Driver::fresh_pages_are_zero)
+      .def("holes_are_zero", &Driver::holes_are_zero)
       .def("dlpack_device",
            [](const Driver& d) {
              return py::make_tuple(d.dlpack_device().type, d.dlpack_device().id);
@@ -83,6 +84,18 @@ void bind_driver_class(py::module_& module) {
            py::arg("stream") = 0, NoGil())
       .def("fill", &Driver::fill, py::arg("dst"), py::arg("value"), py::arg("bytes"),
            py::arg("stream") = 0, NoGil())
+      .def(
+          "copy_to_host",
+          [](Driver& d, Address host, Address src, std::size_t bytes, Stream stream) {
+            d.copy_to_host(reinterpret_cast<void*>(host), src, bytes, stream);
+          },
+          py::arg("host"), py::arg("src"), py::arg("bytes"), py::arg("stream") = 0, NoGil())
+      .def(
+          "copy_from_host",
+          [](Driver& d, Address dst, Address host, std::size_t bytes, Stream stream) {
+            d.copy_from_host(dst, reinterpret_cast<const void*>(host), bytes, stream);
+          },
+          py::arg("dst"), py::arg("host"), py::arg("bytes"), py::arg("stream") = 0, NoGil())
       .def("record", &Driver::record, py::arg("stream") = 0, NoGil())
       .def("query", &Driver::query, py::arg("event"), NoGil())
       .def("wait", &Driver::wait, py::arg("event"), NoGil())

@@ -255,6 +255,29 @@ void CudaDriver::do_fill(Address dst, std::uint8_t value, std::size_t bytes, Str
       {address_arg("dst", dst), {"value", value}, {"bytes", bytes}, address_arg("stream", stream)});
 }
 
+void CudaDriver::do_copy_to_host(void* host, Address src, std::size_t bytes, Stream stream) {
+  const Entry entry(*this);
+  count(Op::kCopy, 1);
+  api_->check_memory(api_->cuMemcpyDtoHAsync(host, src, bytes, to_stream(stream)),
+                     "cuMemcpyDtoHAsync",
+                     {address_arg("host", reinterpret_cast<Address>(host)),
+                      address_arg("src", src),
+                      {"bytes", bytes},
+                      address_arg("stream", stream)});
+}
+
+void CudaDriver::do_copy_from_host(Address dst, const void* host, std::size_t bytes,
+                                   Stream stream) {
+  const Entry entry(*this);
+  count(Op::kCopy, 1);
+  api_->check_memory(api_->cuMemcpyHtoDAsync(dst, host, bytes, to_stream(stream)),
+                     "cuMemcpyHtoDAsync",
+                     {address_arg("dst", dst),
+                      address_arg("host", reinterpret_cast<Address>(host)),
+                      {"bytes", bytes},
+                      address_arg("stream", stream)});
+}
+
 CUevent CudaDriver::take_event() {
   {
     const std::lock_guard lock(events_mutex_);

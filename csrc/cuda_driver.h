@@ -58,6 +58,8 @@ class CudaDriver final : public Driver {
   void do_unmap(Address base, std::size_t bytes) override;
   void do_copy(Address dst, Address src, std::size_t bytes, Stream stream) override;
   void do_fill(Address dst, std::uint8_t value, std::size_t bytes, Stream stream) override;
+  void do_copy_to_host(void* host, Address src, std::size_t bytes, Stream stream) override;
+  void do_copy_from_host(Address dst, const void* host, std::size_t bytes, Stream stream) override;
   EventHandle do_record(Stream stream) override;
   bool do_query(EventHandle event) override;
   void do_wait(EventHandle event) override;

@@ -168,6 +168,26 @@ void Driver::fill(Address dst, std::uint8_t value, std::size_t bytes, Stream str
   do_fill(dst, value, bytes, stream);
 }
 
+void Driver::require_host_memory(const void* host) {
+  if (host == nullptr) throw std::invalid_argument("host memory at address 0; give a buffer");
+}
+
+void Driver::copy_to_host(void* host, Address src, std::size_t bytes, Stream stream) {
+  ensure_usable();
+  if (bytes == 0) return;
+  require_host_memory(host);
+  Timer timer(*this, Op::kCopy);
+  do_copy_to_host(host, src, bytes, stream);
+}
+
+void Driver::copy_from_host(Address dst, const void* host, std::size_t bytes, Stream stream) {
+  ensure_usable();
+  if (bytes == 0) return;
+  require_host_memory(host);
+  Timer timer(*this, Op::kCopy);
+  do_copy_from_host(dst, host, bytes, stream);
+}
+
 EventHandle Driver::record(Stream stream) {
   ensure_usable();
   Timer timer(*this, Op::kEvent);

@@ -109,6 +109,8 @@ class Driver {
   std::size_t destroy(std::span<const PageHandle> pages, std::size_t page_bytes,
                       std::exception_ptr& error) noexcept;
   virtual bool fresh_pages_are_zero() const noexcept = 0;
+  // Whether reserved memory that is not mapped may be read, and gives zeros.
+  virtual bool holes_are_zero() const noexcept { return false; }
 
   // Maps `pages` side by side at `base`, all or none. Pre: the range lies in one reservation and
   // is not mapped. A page may be mapped at many addresses. Post: mapped but not accessible:
@@ -123,6 +125,10 @@ class Driver {
   // Device-side copy and fill, in stream order. Ranges must not overlap.
   void copy(Address dst, Address src, std::size_t bytes, Stream stream);
   void fill(Address dst, std::uint8_t value, std::size_t bytes, Stream stream);
+  // The same to and from memory of this process that is not the driver's. It must stay where it is
+  // until the copy is done; unless it is page-locked the call may wait for the stream.
+  void copy_to_host(void* host, Address src, std::size_t bytes, Stream stream);
+  void copy_from_host(Address dst, const void* host, std::size_t bytes, Stream stream);
 
   // Events mark "everything submitted to `stream` so far". A driver whose work is always complete
   // when a call returns (the host) gives the event 0, which is done.
@@ -159,6 +165,9 @@ class Driver {
   virtual void do_unmap(Address base, std::size_t bytes) = 0;
   virtual void do_copy(Address dst, Address src, std::size_t bytes, Stream stream) = 0;
   virtual void do_fill(Address dst, std::uint8_t value, std::size_t bytes, Stream stream) = 0;
+  virtual void do_copy_to_host(void* host, Address src, std::size_t bytes, Stream stream) = 0;
+  virtual void do_copy_from_host(Address dst, const void* host, std::size_t bytes,
+                                 Stream stream) = 0;
   virtual EventHandle do_record(Stream stream) = 0;
   virtual bool do_query(EventHandle event) = 0;
   virtual void do_wait(EventHandle event) = 0;
@@ -167,6 +176,7 @@ class Driver {
 
   void require_page_size(std::size_t page_bytes) const;
   void require_page_multiple(const char* what, std::size_t value, std::size_t page_bytes) const;
+  static void require_host_memory(const void* host);
 
   struct AtomicCount {
     std::atomic<std::uint64_t> calls{0};

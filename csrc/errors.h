@@ -1,7 +1,7 @@
 // The three kinds of failure of the native core.
 //
 //   bad input   std::invalid_argument   names the value and the remedy; nothing has changed
-//   exhaustion  OutOfPages              recoverable; nothing has changed
+//   exhaustion  OutOfPages, PagesGone   recoverable; nothing has changed
 //   driver      DriverError             carries the call, its code and its arguments
 //
 // A broken invariant is a bug of ours and raises InvariantError from `check()`.
@@ -32,6 +32,13 @@ class OutOfSlots : public OutOfPages {
 class OutOfMappings : public OutOfPages {
  public:
   using OutOfPages::OutOfPages;
+};
+
+// What a kept slot held is no longer there: its pages were taken for somebody else. The caller does
+// without it.
+class PagesGone : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
 };
 
 // A driver call failed for a reason other than memory. `fatal()` says that the device's context is

@@ -471,6 +471,16 @@ void HostDriver::do_fill(Address dst, std::uint8_t value, std::size_t bytes, Str
   std::memset(pointer(dst), value, bytes);
 }
 
+void HostDriver::do_copy_to_host(void* host, Address src, std::size_t bytes, Stream) {
+  count(Op::kCopy, 1);
+  std::memcpy(host, pointer(src), bytes);
+}
+
+void HostDriver::do_copy_from_host(Address dst, const void* host, std::size_t bytes, Stream) {
+  count(Op::kCopy, 1);
+  std::memcpy(pointer(dst), host, bytes);
+}
+
 std::shared_ptr<Driver> make_host_driver(const HostOptions& options) {
   return std::make_shared<HostDriver>(options);
 }

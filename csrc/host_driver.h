@@ -25,6 +25,7 @@ class HostDriver final : public Driver {
   std::size_t default_page_bytes() const noexcept override { return kDefaultPageBytes; }
   DlpackDevice dlpack_device() const noexcept override { return {1, 0}; }
   bool fresh_pages_are_zero() const noexcept override { return true; }
+  bool holes_are_zero() const noexcept override { return !options_.strict; }
 
   // Free memory is the least of what the machine has available and what the control group allows.
   MemoryInfo memory_info() const override;
@@ -66,6 +67,8 @@ class HostDriver final : public Driver {
   void do_unmap(Address base, std::size_t bytes) override;
   void do_copy(Address dst, Address src, std::size_t bytes, Stream stream) override;
   void do_fill(Address dst, std::uint8_t value, std::size_t bytes, Stream stream) override;
+  void do_copy_to_host(void* host, Address src, std::size_t bytes, Stream stream) override;
+  void do_copy_from_host(Address dst, const void* host, std::size_t bytes, Stream stream) override;
   // Work on the CPU is complete when the call that does it returns.
   EventHandle do_record(Stream) override { return 0; }
   bool do_query(EventHandle) override { return true; }

@@ -29,6 +29,12 @@ void Ticket::finish(std::exception_ptr error) {
   changed_.notify_all();
 }
 
+std::shared_ptr<Ticket> Ticket::finished() {
+  auto ticket = std::make_shared<Ticket>();
+  ticket->finish(nullptr);
+  return ticket;
+}
+
 Mapper::Mapper(std::shared_ptr<PagePool> pool) : pool_(std::move(pool)) {
   state_->thread = std::thread([this] { loop(); });
   // Lock order: device, then queue. The pool calls this with the device lock held.

@@ -23,6 +23,9 @@ class Ticket {
   // False when the time is up first.
   bool wait_for(std::chrono::microseconds timeout);
 
+  // One of a job that had nothing to do.
+  static std::shared_ptr<Ticket> finished();
+
  private:
   friend class Mapper;
   void finish(std::exception_ptr error);

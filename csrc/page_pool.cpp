@@ -69,27 +69,32 @@ PagePool::~PagePool() {
   if (gone < all.size()) driver_->destroy(all.subspan(gone), page_bytes_, error);
 }
 
-std::size_t PagePool::available(const DeviceLock&) const noexcept {
-  const std::size_t creatable = budget_pages_ > created_ ? budget_pages_ - created_ : 0;
-  return free_.size() + creatable + stale_;
+std::size_t PagePool::unclaimed() const noexcept {
+  return free_.size() + (budget_pages_ > created_ ? budget_pages_ - created_ : 0);
 }
 
-void PagePool::throw_out_of_pages(std::size_t wanted) const {
-  const std::size_t creatable = budget_pages_ > created_ ? budget_pages_ - created_ : 0;
+// Over the budget, pages that are free or stale go back to the device before any is given out.
+std::size_t PagePool::available(const DeviceLock&) const noexcept {
+  const std::size_t live = created_ - free_.size() - stale_;
+  return budget_pages_ > live ? budget_pages_ - live : 0;
+}
+
+void PagePool::throw_out_of_pages(std::size_t wanted, std::size_t reserved) const {
+  const std::size_t live = created_ - free_.size() - stale_;
+  const std::size_t most = budget_pages_ - std::min(budget_pages_, live);
   throw OutOfPages(std::to_string(wanted) + " pages of " + std::to_string(page_bytes_) +
-                   " bytes are needed, and " + std::to_string(free_.size() + creatable + stale_) +
+                   " bytes are needed, and " + std::to_string(most - std::min(most, reserved)) +
                    " can be had: the budget is " + std::to_string(budget_pages_) +
-                   " pages, live sequences hold " +
-                   std::to_string(created_ - free_.size() - stale_) +
+                   " pages, live sequences hold " + std::to_string(live) +
                    "; release or truncate sequences, or raise the budget");
 }
 
-PageRefs PagePool::acquire(std::span<const Address> homes, DeviceLock& lock) {
+PageRefs PagePool::acquire(std::span<const Address> homes, DeviceLock& lock, std::size_t reserved) {
   PageRefs refs(*this);
   const std::size_t n = homes.size();
   if (n == 0) return refs;
   if (over_budget(lock)) settle(lock);  // what became stale meanwhile goes back before anything new
-  if (available(lock) < n) throw_out_of_pages(n);
+  if (available(lock) < n + reserved) throw_out_of_pages(n, reserved);
   if (free_.size() < n) find_more(homes, lock);
   std::vector<PageId> taken(n, kNoPage);
   take_at_home(homes, taken);
@@ -122,7 +127,7 @@ void PagePool::find_more(std::span<const Address> homes, DeviceLock& lock) {
   }
   if (free_.size() < n) reclaim(n - free_.size(), lock);
   if (free_.size() >= n) return;
-  if (!device_full) throw_out_of_pages(n);
+  if (!device_full) throw_out_of_pages(n, 0);
   throw OutOfPages("the device is out of memory at " + std::to_string(created_) +
                    " pages, below the budget of " + std::to_string(budget_pages_) +
                    "; lower the budget or free device memory");
@@ -156,6 +161,12 @@ void PagePool::add_live(PageId id) noexcept {
 
 void PagePool::drop_live(PageId id) noexcept {
   if (--at(id).live == 0) ++stale_;
+  kept_once_changes_ += kept_once(id);
+}
+
+void PagePool::drop_kept(PageId id) noexcept {
+  --at(id).kept;
+  kept_once_changes_ += kept_once(id);
 }
 
 // One call per stretch of neighbouring addresses.
@@ -183,7 +194,7 @@ void PagePool::add_pages(std::span<const PageHandle> handles) {
       free_.reserve(pages_.size());
       vacant_.reserve(pages_.size());
     }
-    pages_[id] = {handle, 0, 0, 0, content, true};
+    pages_[id] = {handle, 0, 0, 0, 0, content, true};
     by_handle_.emplace(handle, id);
     free_.insert(id);
   }
@@ -218,10 +229,13 @@ std::size_t PagePool::destroy_free(std::size_t n) {
   return gone;
 }
 
-std::size_t PagePool::reclaim(std::size_t pages, DeviceLock& lock) {
+std::size_t PagePool::reclaim(std::size_t pages, DeviceLock& lock, Effort most) {
   std::size_t got = 0;
-  for (std::size_t i = 0; i < reclaimers_.size() && got < pages; ++i) {
-    got += reclaimers_[i]->reclaim(pages - got, lock);
+  for (const Effort effort : {Effort::kIdle, Effort::kKept, Effort::kWait}) {
+    if (effort > most) break;
+    for (std::size_t i = 0; i < reclaimers_.size() && got < pages; ++i) {
+      got += reclaimers_[i]->reclaim(pages - got, effort, lock);
+    }
   }
   return got;
 }
@@ -308,7 +322,7 @@ void PagePool::check(const DeviceLock&) const {
     const Page& page = pages_[id];
     require(page.exists != vacant_.contains(id), "exists and vacant disagree", id);
     require(free_.contains(id) == (page.exists && page.refs == 0), "free list is wrong", id);
-    require(page.live <= page.refs, "more live uses than references", id);
+    require(page.live + page.kept <= page.refs, "more uses than references", id);
     require(page.pins == 0, "pinned between operations", id);
     exist += page.exists;
     free += page.exists && page.refs == 0;

@@ -32,12 +32,19 @@ inline Content finite(std::uint8_t type_tag) noexcept {
 
 class PagePool;
 
+// How far to go for pages. Each step includes those before it.
+enum class Effort : std::uint8_t {
+  kIdle,  // stale pages whose kernels have finished
+  kKept,  // and of those, pages with content that a kept slot remembers
+  kWait,  // and those whose kernels must be waited for
+};
+
 // Something that holds pages which it can do without: stale mappings of a cache.
 class Reclaimer {
  public:
   virtual ~Reclaimer() = default;
   // Gives back at least `pages` pages if it can and returns how many reached the pool's free list.
-  virtual std::size_t reclaim(std::size_t pages, DeviceLock& lock) = 0;
+  virtual std::size_t reclaim(std::size_t pages, Effort effort, DeviceLock& lock) = 0;
 };
 
 // References to pages, given back to the pool on destruction. The device lock must be held then.
@@ -114,27 +121,45 @@ class PagePool {
     driver_->ensure_usable();
     return DeviceLock(mutex_);
   }
+  // The same without waiting: it may not own the lock.
+  DeviceLock try_lock() {
+    driver_->ensure_usable();
+    return DeviceLock(mutex_, std::try_to_lock);
+  }
 
   // A page with one reference for each address that one will be mapped at, in that order; all or
   // none. Takes free pages first, those at home there before others, then creates within the
-  // budget, then reclaims stale ones. Throws OutOfPages.
-  PageRefs acquire(std::span<const Address> homes, DeviceLock& lock);
+  // budget, then reclaims stale ones. Throws OutOfPages. `reserved` pages are stale and cannot be
+  // had, because the operation has plans with them.
+  PageRefs acquire(std::span<const Address> homes, DeviceLock& lock, std::size_t reserved = 0);
   // Pages that acquire() could give at most: free, creatable and stale.
   std::size_t available(const DeviceLock&) const noexcept;
+  // Those of them that nobody has mapped: free and creatable.
+  std::size_t unclaimed() const noexcept;
 
-  // References and liveness of one page. A page with references but no live use is stale.
+  // References and uses of one page: live, or kept by a free slot that remembers what is in it. A
+  // page with references but no live use is stale, kept or not.
   void add_ref(PageId id) noexcept { ++at(id).refs; }
   void drop_ref(PageId id) noexcept;
   void pin(PageId id) noexcept { ++at(id).pins; }
   void unpin(PageId id) noexcept { --at(id).pins; }
   // Whether a stale mapping of the page may be taken away in the hope of freeing it.
-  bool reclaimable(PageId id) const noexcept {
-    return pages_[id].live == 0 && pages_[id].pins == 0;
-  }
+  bool reclaimable(PageId id) const noexcept { return users(id) == 0 && pages_[id].pins == 0; }
   void add_live(PageId id) noexcept;
   void drop_live(PageId id) noexcept;
+  void add_kept(PageId id) noexcept { ++at(id).kept; }
+  void drop_kept(PageId id) noexcept;
   std::uint32_t refs(PageId id) const noexcept { return pages_[id].refs; }
   std::uint32_t live(PageId id) const noexcept { return pages_[id].live; }
+  std::uint32_t kept(PageId id) const noexcept { return pages_[id].kept; }
+  // Who must not see the page change: one that is about to write it and has more copies it first.
+  std::uint32_t users(PageId id) const noexcept { return pages_[id].live + pages_[id].kept; }
+  // Whether giving the page up would free it: one slot keeps it, and nobody uses it.
+  bool kept_once(PageId id) const noexcept {
+    return pages_[id].kept == 1 && pages_[id].live == 0 && pages_[id].pins == 0;
+  }
+  // Moves whenever a page comes to be kept once.
+  std::uint64_t kept_once_changes() const noexcept { return kept_once_changes_; }
   PageHandle handle(PageId id) const noexcept { return pages_[id].handle; }
   Content content(PageId id) const noexcept { return pages_[id].content; }
   void set_content(PageId id, Content content) noexcept { at(id).content = content; }
@@ -149,8 +174,9 @@ class PagePool {
   // Destroys pages beyond the budget, reclaiming stale ones for it.
   void settle(DeviceLock& lock);
 
-  // Takes stale pages from the caches into the free list; returns how many came.
-  std::size_t reclaim(std::size_t pages, DeviceLock& lock);
+  // Takes stale pages from the caches into the free list, the cheapest first; returns how many
+  // came.
+  std::size_t reclaim(std::size_t pages, DeviceLock& lock, Effort most = Effort::kWait);
 
   // Creates pages ahead of need up to the high watermark. Called by the mapper's thread.
   void refill();
@@ -168,6 +194,7 @@ class PagePool {
     PageHandle handle = 0;
     std::uint32_t refs = 0;
     std::uint32_t live = 0;
+    std::uint32_t kept = 0;
     std::uint32_t pins = 0;
     Content content = Content::kDirty;
     bool exists = false;
@@ -181,7 +208,7 @@ class PagePool {
   void add_pages(std::span<const PageHandle> handles);
   std::size_t destroy_free(std::size_t n);
   void wake_if_low();
-  [[noreturn]] void throw_out_of_pages(std::size_t wanted) const;
+  [[noreturn]] void throw_out_of_pages(std::size_t wanted, std::size_t reserved) const;
 
   const std::shared_ptr<Driver> driver_;
   const std::size_t page_bytes_;
@@ -191,6 +218,7 @@ class PagePool {
   std::size_t budget_pages_;
   std::size_t created_ = 0;  // pages that exist
   std::size_t stale_ = 0;
+  std::uint64_t kept_once_changes_ = 1;
   std::size_t peak_created_ = 0;
   std::uint64_t created_total_ = 0, destroyed_total_ = 0;
   std::vector<Page> pages_;

@@ -36,6 +36,7 @@ Region::Region(PagePool& pool, const RegionSpec& spec, std::uint32_t slots)
       static_cast<PageId*>(std::calloc(std::size_t{slots} * entries_per_slot(), sizeof(PageId))));
   if (!table_) throw std::bad_alloc();
   windows_.resize(slots);
+  kept_.resize(slots);
   tops_.resize(slots);
   mapped_.resize(slots);
   live_.resize(slots);
@@ -45,6 +46,7 @@ Region::~Region() {
   if (!table_ || !pool_->driver().usable()) return;
   for (std::uint32_t slot = 0; slot < slots(); ++slot) {
     set_window(slot, {});
+    set_kept(slot, {});
     for (std::uint32_t run = 0; run < spec_.runs; ++run) {
       const std::uint32_t first = run * pages_per_run_;
       for (std::uint32_t i = 0; i < tops_[slot];) {
@@ -89,7 +91,7 @@ void Region::clean_adopted(std::uint32_t slot, PageWindow before, std::size_t fr
     for (std::uint32_t p = std::max(first, now.begin); p < now.end; ++p) {
       const std::uint32_t index = run * pages_per_run_ + p;
       const PageId id = at(slot, index);
-      if (id == kNoPage || pool_->live(id) > 1 || safe(id)) continue;
+      if (id == kNoPage || pool_->users(id) > 1 || safe(id)) continue;
       // Of a page that the slot's own tokens begin, only the rest.
       const std::size_t kept = before.contains(p) && p == first ? from % page_bytes_ : 0;
       pool_->driver().fill(address(slot, index) + kept, 0, page_bytes_ - kept, stream);
@@ -98,28 +100,38 @@ void Region::clean_adopted(std::uint32_t slot, PageWindow before, std::size_t fr
   }
 }
 
+template <typename Act>
+void Region::for_difference(std::uint32_t slot, PageWindow in, PageWindow out, Act act) {
+  for (std::uint32_t run = 0; run < spec_.runs; ++run) {
+    for (std::uint32_t p = in.begin; p < in.end; ++p) {
+      if (out.contains(p)) p = out.end;
+      if (p >= in.end) break;
+      if (const PageId id = at(slot, run * pages_per_run_ + p); id != kNoPage) act(id);
+    }
+  }
+}
+
+// Both add the new uses first: a page in both windows must not pass through zero uses.
 void Region::set_window(std::uint32_t slot, PageWindow window) {
   const PageWindow old = windows_[slot];
   if (old == window) return;
-  // Live first, then stale: a page in both windows must not pass through zero uses.
-  const auto visit = [&](PageWindow in, PageWindow out, auto act) {
-    for (std::uint32_t run = 0; run < spec_.runs; ++run) {
-      for (std::uint32_t p = in.begin; p < in.end; ++p) {
-        if (out.contains(p)) p = out.end;  // only what is in one and not in the other
-        if (p >= in.end) break;
-        if (const PageId id = at(slot, run * pages_per_run_ + p); id != kNoPage) act(id);
-      }
-    }
-  };
-  visit(window, old, [&](PageId id) {
+  for_difference(slot, window, old, [&](PageId id) {
     pool_->add_live(id);
     ++live_[slot];
   });
-  visit(old, window, [&](PageId id) {
+  for_difference(slot, old, window, [&](PageId id) {
     pool_->drop_live(id);
     --live_[slot];
   });
   windows_[slot] = window;
+}
+
+void Region::set_kept(std::uint32_t slot, PageWindow kept) {
+  const PageWindow old = kept_[slot];
+  if (old == kept) return;
+  for_difference(slot, kept, old, [&](PageId id) { pool_->add_kept(id); });
+  for_difference(slot, old, kept, [&](PageId id) { pool_->drop_kept(id); });
+  kept_[slot] = kept;
 }
 
 void Region::store(std::uint32_t slot, std::uint32_t index, PageId page) {

@@ -46,6 +46,7 @@ class Reservation {
 struct PageWindow {
   std::uint32_t begin = 0;
   std::uint32_t end = 0;
+  std::uint32_t size() const noexcept { return end - begin; }
   bool contains(std::uint32_t page) const noexcept { return begin <= page && page < end; }
   bool operator==(const PageWindow&) const = default;
 };
@@ -74,18 +75,24 @@ class Region {
   std::uint32_t top(std::uint32_t slot) const noexcept { return tops_[slot]; }
   std::uint32_t mapped(std::uint32_t slot) const noexcept { return mapped_[slot]; }
   PageWindow window(std::uint32_t slot) const noexcept { return windows_[slot]; }
-  // Mapped entries outside the window.
-  std::uint32_t stale(std::uint32_t slot) const noexcept { return mapped_[slot] - live_[slot]; }
+  // Pages of each run whose content the slot remembers while it is free. All of them are mapped.
+  PageWindow kept(std::uint32_t slot) const noexcept { return kept_[slot]; }
+  // Mapped entries that are neither in use nor kept.
+  std::uint32_t idle(std::uint32_t slot) const noexcept {
+    return mapped_[slot] - live_[slot] - spec_.runs * kept_[slot].size();
+  }
 
   // Moves the window and declares pages live or stale accordingly. Entries of the new window that
   // are not mapped yet are left for Remap::commit().
   void set_window(std::uint32_t slot, PageWindow window);
+  // Pre: every entry of the new window is mapped.
+  void set_kept(std::uint32_t slot, PageWindow kept);
   // Whether a reader of the region's type can stand what the page holds, whatever it is.
   bool safe(PageId page) const noexcept;
   // Zeroes what the slot takes over as it is from byte `from` of each run on, where that is not
   // safe to read: pages that came into the window, and those of `before` beyond its own tokens.
   void clean_adopted(std::uint32_t slot, PageWindow before, std::size_t from, Stream stream);
-  // Unmaps stale entries [first, first + n) of one run, all of them mapped, and gives up their
+  // Unmaps idle entries [first, first + n) of one run, all of them mapped, and gives up their
   // pages. Returns how many pages became free.
   std::size_t unmap_stale(std::uint32_t slot, std::uint32_t first, std::uint32_t n);
 
@@ -94,6 +101,9 @@ class Region {
   struct Free {
     void operator()(PageId* table) const noexcept { std::free(table); }
   };
+  // Calls act(page) for the mapped entries that are in window `in` and not in `out`.
+  template <typename Act>
+  void for_difference(std::uint32_t slot, PageWindow in, PageWindow out, Act act);
   // Stores `page` and moves the references; the window decides what is live.
   void store(std::uint32_t slot, std::uint32_t index, PageId page);
   void lower_top(std::uint32_t slot) noexcept;
@@ -107,6 +117,7 @@ class Region {
   std::shared_ptr<Reservation> reservation_;
   std::unique_ptr<PageId[], Free> table_;  // zeroed by the kernel on first touch: sparse
   std::vector<PageWindow> windows_;
+  std::vector<PageWindow> kept_;
   std::vector<std::uint32_t> tops_;
   std::vector<std::uint32_t> mapped_;
   std::vector<std::uint32_t> live_;  // mapped entries inside the window

@@ -177,35 +177,110 @@ void SlotSpace::fence_off(Slot& slot, Stream stream) noexcept {
   }
 }
 
+// Ending a sequence does not fail for want of an event: the thread waits in its place.
+void SlotSpace::fence_or_wait(Slot& slot, Stream stream) {
+  try {
+    fence(slot, stream);
+  } catch (const DriverError& error) {
+    if (error.fatal()) throw;
+    pool_->driver().synchronize(stream);
+    if (slot.fence) slot.fence->wait();
+    slot.fence.reset();
+  }
+}
+
+// Kernels may read a slot beyond its sequence where that reads as zeros, so what a dirty sequence
+// leaves behind is not left mapped for the next one.
+void SlotSpace::drop_dirty(std::uint32_t slot) {
+  if (!slots_[slot].dirty) return;
+  drop_stale(slot, SIZE_MAX, Stale::kAll);
+  slots_[slot].dirty = false;
+}
+
 void SlotSpace::before_unmap(Slot& slot) {
   if (slot.fence) slot.fence->wait();
 }
 
 // Open and release -------------------------------------------------------------------------------
 
-// Best fit: the smallest set of stale pages that suffices, else the largest. Not knowing the length
-// is like expecting a long one. A slot without pages is only taken when no other is free.
-std::uint32_t SlotSpace::pick_free(std::size_t expected_tokens) const {
+void SlotSpace::throw_out_of_slots() const {
+  throw OutOfSlots("all " + std::to_string(slots()) +
+                   " slots are open; release a sequence or raise max_seqs");
+}
+
+// Of the slots that keep nothing, the smallest set of stale pages that suffices, else the largest;
+// among equals the first slot, since neighbours make denser batches. Not knowing the length is like
+// expecting a long one. A slot without pages is only taken when no other is free.
+std::optional<std::uint32_t> SlotSpace::best_fit(std::size_t expected_tokens) const {
   const Region& gauge = regions_.front();
   const std::uint32_t wanted = window_of(gauge, 0, std::min(expected_tokens, max_tokens_)).end;
-  std::int64_t best = -1;
+  std::optional<std::uint32_t> best;
   std::uint32_t best_pages = 0;
   for (std::uint32_t i = 0; i < slots(); ++i) {
-    if (slots_[i].open) continue;
+    if (slots_[i].open || slots_[i].kept.tokens > 0) continue;
     const std::uint32_t pages = gauge.mapped(i) / gauge.spec().runs;
     const bool fits = wanted > 0 && pages >= wanted;
     const bool best_fits = wanted > 0 && best_pages >= wanted;
     const bool better = fits ? !best_fits || pages < best_pages : !best_fits && pages > best_pages;
-    if (best < 0 || better) {
+    if (!best || better) {
       best = i;
       best_pages = pages;
     }
   }
-  if (best < 0) {
-    throw OutOfSlots("all " + std::to_string(slots()) +
-                     " slots are open; release a sequence or raise max_seqs");
+  return best;
+}
+
+// The kept slot used longest ago; `to_adopt` prefers those with pages of their own at the end,
+// which the next user can have where they are.
+std::optional<std::uint32_t> SlotSpace::least_recent(std::optional<std::uint32_t> except,
+                                                     bool to_adopt) const {
+  const Region& gauge = regions_.front();
+  std::optional<std::uint32_t> best;
+  bool best_adopts = false;
+  for (std::uint32_t i = 0; i < slots(); ++i) {
+    if (slots_[i].open || slots_[i].kept.tokens == 0 || i == except) continue;
+    const PageWindow kept = gauge.kept(i);
+    const PageId last = kept.size() > 0 ? gauge.at(i, kept.end - 1) : kNoPage;
+    const bool adopts = to_adopt && last != kNoPage && pool_->refs(last) == 1;
+    if (!best || (adopts && !best_adopts) ||
+        (adopts == best_adopts && slots_[i].released_at < slots_[*best].released_at)) {
+      best = i;
+      best_adopts = adopts;
+    }
   }
-  return static_cast<std::uint32_t>(best);
+  return best;
+}
+
+// Pages of a sequence that shares nothing.
+std::size_t SlotSpace::fresh_pages(std::size_t anchor, std::size_t tokens) const noexcept {
+  std::size_t pages = 0;
+  for (const Region& region : regions_) {
+    pages += std::size_t{window_of(region, anchor, tokens).size()} * region.spec().runs;
+  }
+  return pages;
+}
+
+// A kept slot is taken when there is no other, or when most of what it holds has to go anyway.
+std::uint32_t SlotSpace::pick_free(std::size_t expected_tokens) const {
+  const auto plain = best_fit(expected_tokens);
+  std::size_t lacking = 0;
+  if (plain) {
+    std::size_t has = pool_->unclaimed();
+    for (std::uint32_t i = 0; i < slots(); ++i) {
+      for (const Region& region : regions_) has += region.idle(i);
+    }
+    const std::size_t wanted = fresh_pages(0, std::min(expected_tokens, max_tokens_));
+    if (wanted <= has) return *plain;
+    lacking = wanted - has;
+  }
+  const auto kept = least_recent(std::nullopt, plain.has_value());
+  if (!kept && !plain) throw_out_of_slots();
+  if (!kept) return *plain;
+  std::size_t holds = 0;
+  for (const Region& region : regions_) {
+    holds += std::size_t{region.kept(*kept).size()} * region.spec().runs;
+  }
+  return plain && 2 * lacking < holds ? *plain : *kept;
 }
 
 std::uint32_t SlotSpace::open(std::optional<std::uint32_t> slot, std::size_t expected_tokens) {
@@ -215,21 +290,37 @@ std::uint32_t SlotSpace::open(std::optional<std::uint32_t> slot, std::size_t exp
                                 " is open already; release it first");
   }
   const std::uint32_t index = slot ? *slot : pick_free(expected_tokens);
-  slots_[index].open = true;
-  ++slots_[index].generation;
+  lose(index, 0);
+  drop_dirty(index);
+  Slot& s = slots_[index];
+  s.open = true;
+  s.was_kept = false;
+  ++s.generation;
   return index;
 }
 
-void SlotSpace::release(std::uint32_t slot, Stream stream) {
+void SlotSpace::release(std::uint32_t slot, Stream stream, bool keep) {
   DeviceLock lock = enter();
   Slot& s = open_slot(slot);
-  fence(s, stream);
+  if (keep && !keep_stale_) {
+    throw std::invalid_argument(
+        "a cache with reuse_stale=False keeps nothing in its free slots; release without keep");
+  }
+  fence_or_wait(s, stream);
+  if (keep) {
+    s.kept = {lowest_length(slot), s.anchor, s.tokens};
+    for (Region& region : regions_) {
+      region.set_kept(slot, {region.window(slot).begin, held_pages(region, s.tokens)});
+    }
+  }
   set_windows(slot, Windows(regions_.size()));
   s.open = false;
+  s.was_kept = keep;
   s.anchor = s.tokens = s.ready = 0;
   s.released_at = ++clock_;
   try {
     if (!keep_stale_) drop_stale(slot, SIZE_MAX, Stale::kAll);
+    if (!keep) drop_dirty(slot);
   } catch (const DriverError& error) {
     // The sequence is released; giving its memory back is tried again by whoever needs it.
     if (error.fatal()) throw;
@@ -248,10 +339,16 @@ void SlotSpace::truncate(std::uint32_t slot, std::size_t tokens, Stream stream) 
                                 "; use ensure to grow");
   }
   const std::size_t anchor = std::min(s.anchor, tokens);
-  const Windows wanted = windows_at(slot, anchor, tokens);
-  if (wanted != windows(slot)) fence(s, stream);
+  Windows wanted = windows_at(slot, anchor, tokens);
+  if (s.ready == 0) {  // reopened: the cover may be missing
+    for (std::size_t i = 0; i < regions_.size(); ++i) {
+      wanted[i].end = std::min(wanted[i].end, held_pages(regions_[i], tokens));
+    }
+  }
+  if (wanted != windows(slot)) fence_or_wait(s, stream);
   set_windows(slot, wanted);
-  s.tokens = s.ready = tokens;
+  s.tokens = tokens;
+  s.ready = s.ready == 0 ? 0 : tokens;
   s.anchor = anchor;
   give_back(lock);
 }
@@ -273,7 +370,7 @@ SlotSpace::Windows SlotSpace::windows_at(std::uint32_t source, std::size_t ancho
   Windows out;
   for (const Region& region : regions_) {
     out.push_back(window_of(region, anchor, tokens));
-    const PageWindow now = region.window(source);
+    const PageWindow now = held(region, source);
     if (out.back().begin < now.begin && out.back().end > out.back().begin) {
       const std::size_t first =
           round_up(now.begin * pool_->page_bytes(), region.spec().token_bytes) /
@@ -287,92 +384,9 @@ SlotSpace::Windows SlotSpace::windows_at(std::uint32_t source, std::size_t ancho
   return out;
 }
 
-// Giving back ------------------------------------------------------------------------------------
-
-// Unmaps up to `limit` stale pages of a slot, from the end of each run, whole stretches at a time.
-std::size_t SlotSpace::drop_stale(std::uint32_t slot, std::size_t limit, Stale which) {
-  std::size_t freed = 0;
-  bool waited = false;
-  for (Region& region : regions_) {
-    if (region.stale(slot) == 0) continue;
-    const PageWindow window = region.window(slot);
-    const auto droppable = [&](std::uint32_t run, std::uint32_t p) {
-      const PageId id = region.at(slot, run * region.pages_per_run() + p);
-      if (id == kNoPage || window.contains(p)) return false;
-      if (which == Stale::kSole && pool_->refs(id) > 1) return false;
-      return which == Stale::kAll || pool_->reclaimable(id);
-    };
-    for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
-      for (std::uint32_t end = region.top(slot); end > 0 && freed < limit;) {
-        std::uint32_t n = 0;
-        while (n < end && freed + n < limit && droppable(run, end - n - 1)) ++n;
-        if (n > 0) {
-          if (!waited) before_unmap(slots_[slot]);
-          waited = true;
-          freed += region.unmap_stale(slot, run * region.pages_per_run() + end - n, n);
-        }
-        end -= std::min(end, n + 1);
-      }
-    }
-  }
-  totals_.pages_reclaimed += freed;
-  return freed;
-}
-
-// Longest released first; of those, slots whose kernels have finished before any that must be
-// waited for, and pages that one slot holds before those that several do. Stale pages of open slots
-// come last: their owners are about to want them. More than asked is taken where it costs no more:
-// one call unmaps a stretch, and growing sequences ask for a page at a time.
-std::size_t SlotSpace::reclaim(std::size_t pages, DeviceLock&) {
-  constexpr std::size_t kStride = 8;
-  if (lost_) return 0;
-  std::vector<std::uint32_t> order;
-  for (std::uint32_t i = 0; i < slots(); ++i) {
-    if (std::any_of(regions_.begin(), regions_.end(),
-                    [&](const Region& region) { return region.stale(i) > 0; })) {
-      order.push_back(i);
-    }
-  }
-  std::sort(order.begin(), order.end(), [&](std::uint32_t a, std::uint32_t b) {
-    if (slots_[a].open != slots_[b].open) return slots_[b].open;
-    return slots_[a].released_at < slots_[b].released_at;
-  });
-  struct Pass {
-    Stale which;
-    bool wait;
-  };
-  std::size_t freed = !scratch_fence_ || scratch_fence_->done() ? drop_scratch() : 0;
-  for (const Pass pass :
-       {Pass{Stale::kSole, false}, Pass{Stale::kFreeable, false}, Pass{Stale::kFreeable, true}}) {
-    for (const std::uint32_t slot : order) {
-      if (freed >= pages) return freed;
-      Slot& s = slots_[slot];
-      if (!pass.wait && s.fence && !s.fence->done()) continue;
-      const std::size_t left = pages - freed;
-      freed += drop_stale(slot, pass.wait ? left : std::max(left, kStride), pass.which);
-    }
-  }
-  return freed < pages ? freed + drop_scratch() : freed;
-}
-
-std::size_t SlotSpace::drop_scratch() {
-  if (scratch_busy_ || scratch_.bytes() == 0) return 0;
-  if (scratch_fence_) scratch_fence_->wait();
-  const std::size_t pages = scratch_.bytes() / pool_->page_bytes();
-  scratch_.clear();
-  return pages;
-}
-
-std::size_t SlotSpace::trim() {
-  DeviceLock lock = enter();
-  for (std::uint32_t slot = 0; slot < slots(); ++slot) drop_stale(slot, SIZE_MAX, Stale::kAll);
-  drop_scratch();
-  return pool_->trim(0, lock);
-}
-
 void SlotSpace::mark_dirty(std::uint32_t slot) {
   const DeviceLock lock = enter();
-  open_slot(slot);
+  open_slot(slot).dirty = true;
   for (const Region& region : regions_) {
     // Pages that its windows have left, too.
     for (std::uint32_t run = 0; run < region.spec().runs; ++run) {

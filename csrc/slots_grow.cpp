@@ -7,8 +7,8 @@
 
 namespace vattn {
 
-// Entries of the slot's windows that need a page of their own: without one, or shared with another
-// live sequence from the page on that the next token goes to.
+// Entries of the slot's windows that need a page of their own: without one, or with one that
+// another slot uses or keeps, from the page on that the next token goes to.
 std::vector<SlotSpace::Need> SlotSpace::find_needs(std::uint32_t slot, std::size_t write_from) {
   std::vector<Need> needs;
   const std::size_t page = pool_->page_bytes();
@@ -21,11 +21,11 @@ std::vector<SlotSpace::Need> SlotSpace::find_needs(std::uint32_t slot, std::size
         const std::uint32_t index = run * region.pages_per_run() + p;
         const PageId id = region.at(slot, index);
         if (id == kNoPage) {
-          needs.push_back({&region, slot, index, 0, 0});
-        } else if (pool_->live(id) > 1) {
+          needs.push_back({&region, slot, index});
+        } else if (pool_->users(id) > 1) {
           const std::size_t keep = written > p * page ? std::min(page, written - p * page) : 0;
-          const Address from = keep > 0 ? live_elsewhere(region, slot, index) : 0;
-          needs.push_back({&region, slot, index, from, keep});
+          needs.push_back(
+              {&region, slot, index, keep, keep > 0 ? user_elsewhere(region, slot, index) : slot});
         }
       }
     }
@@ -33,16 +33,33 @@ std::vector<SlotSpace::Need> SlotSpace::find_needs(std::uint32_t slot, std::size
   return needs;
 }
 
-// Where another live slot maps the page of this entry. Pages are shared between equal entries only.
-Address SlotSpace::live_elsewhere(const Region& region, std::uint32_t slot,
-                                  std::uint32_t index) const {
+// Another slot that uses or keeps the page of this entry. Pages are shared between equal entries
+// only.
+std::uint32_t SlotSpace::user_elsewhere(const Region& region, std::uint32_t slot,
+                                        std::uint32_t index) const {
   for (std::uint32_t other = 0; other < slots(); ++other) {
-    if (other != slot && slots_[other].open && region.at(other, index) == region.at(slot, index) &&
-        region.window(other).contains(index % region.pages_per_run())) {
-      return region.address(other, index);
+    if (other != slot && region.at(other, index) == region.at(slot, index) &&
+        held(region, other).contains(index % region.pages_per_run())) {
+      return other;
     }
   }
   throw InvariantError("a shared page of slot " + std::to_string(slot) + " has no other user");
+}
+
+// The first bytes of pages that others go on using. A kept slot is not unmapped before they are
+// copied.
+void SlotSpace::copy_needs(std::span<const Need> needs, Stream stream) {
+  std::vector<std::uint32_t> kept;
+  for (const Need& need : needs) {
+    if (need.copy_bytes == 0) continue;
+    copy(need.region->address(need.slot, need.index),
+         need.region->address(need.copy_slot, need.index), need.copy_bytes, stream);
+    if (!slots_[need.copy_slot].open &&
+        std::find(kept.begin(), kept.end(), need.copy_slot) == kept.end()) {
+      kept.push_back(need.copy_slot);
+    }
+  }
+  for (const std::uint32_t slot : kept) fence(slots_[slot], stream);
 }
 
 // A page that the slot is about to write in place may be stale in slots whose kernels still read
@@ -55,7 +72,7 @@ void SlotSpace::order_after_readers(const Region& region, std::uint32_t slot, st
     for (std::uint32_t p = std::max(window.begin, first); p < window.end; ++p) {
       const std::uint32_t index = run * region.pages_per_run() + p;
       const PageId id = region.at(slot, index);
-      if (id == kNoPage || pool_->live(id) > 1 || pool_->refs(id) == 1) continue;
+      if (id == kNoPage || pool_->users(id) > 1 || pool_->refs(id) == 1) continue;
       for (std::uint32_t other = 0; other < slots(); ++other) {
         if (other != slot && slots_[other].fence && region.at(other, index) == id) {
           slots_[other].fence->order_before(stream);
@@ -69,7 +86,7 @@ void SlotSpace::order_after_readers(const Region& region, std::uint32_t slot, st
 std::vector<std::pair<Region*, std::uint32_t>> SlotSpace::recyclable(std::uint32_t slot) {
   std::vector<std::pair<Region*, std::uint32_t>> out;
   for (Region& region : regions_) {
-    if (region.spec().window_tokens == 0 || region.stale(slot) == 0) continue;
+    if (region.spec().window_tokens == 0 || region.idle(slot) == 0) continue;
     if (slots_[slot].fence && !slots_[slot].fence->done()) return out;
     for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
       for (std::uint32_t p = 0; p < region.window(slot).begin; ++p) {
@@ -114,79 +131,93 @@ bool SlotSpace::moves_live(std::span<const Need> needs, const Windows& before) c
 void SlotSpace::grow(std::uint32_t slot, std::size_t tokens, Stream stream, bool may_move,
                      DeviceLock& lock) {
   Slot& s = slots_[slot];
-  const Windows before = windows(slot);
-  // Declaring first what the sequence will use protects what is mapped there already from being
-  // reclaimed for its own sake.
+  tokens = std::max(tokens, s.tokens);
   // Where it begins stays: pages are left behind with a fence only, after the step that may read
   // them has been submitted.
-  for (std::size_t i = 0; i < regions_.size(); ++i) {
-    const PageWindow wanted = window_of(regions_[i], s.anchor, tokens);
-    const bool empty = before[i].begin == before[i].end;
-    regions_[i].set_window(
-        slot, {empty ? wanted.begin : before[i].begin, std::max(before[i].end, wanted.end)});
+  Windows windows;
+  for (const Region& region : regions_) {
+    const PageWindow now = region.window(slot), wanted = window_of(region, s.anchor, tokens);
+    windows.push_back({now.size() == 0 ? wanted.begin : now.begin, std::max(now.end, wanted.end)});
   }
+  if (map_windows(slot, windows, s.tokens, stream, may_move, lock, nullptr)) {
+    s.ready = std::max(tokens, ready_of(slot));
+  }
+}
+
+// Gives the slot these windows, with pages of its own from token `written` on, and submits what
+// `fill` does to them. Declaring first what the sequence will use protects what is mapped there
+// already from being reclaimed for its own sake.
+bool SlotSpace::map_windows(std::uint32_t slot, const Windows& wanted, std::size_t written,
+                            Stream stream, bool may_move, DeviceLock& lock,
+                            const std::function<void()>& fill) {
+  Slot& s = slots_[slot];
+  const Windows before = windows(slot);
+  set_windows(slot, wanted);
   try {
     if (s.fence) s.fence->order_before(stream);
-    const std::vector<Need> needs = find_needs(slot, s.tokens);
+    const std::vector<Need> needs = find_needs(slot, written);
     const bool moves = moves_live(needs, before);
     if (moves && !may_move) {
       set_windows(slot, before);
-      return;
+      return false;
     }
     count_adopted(slot, before, needs);
     for (std::size_t i = 0; i < regions_.size(); ++i) {
-      const std::size_t written = s.tokens * regions_[i].spec().token_bytes;
-      order_after_readers(regions_[i], slot, written, stream);
-      regions_[i].clean_adopted(slot, before[i], written, stream);
+      const std::size_t bytes = written * regions_[i].spec().token_bytes;
+      order_after_readers(regions_[i], slot, bytes, stream);
+      regions_[i].clean_adopted(slot, before[i], bytes, stream);
     }
-    if (!needs.empty()) {
-      auto recycled = recyclable(slot);
-      if (recycled.size() > needs.size()) recycled.resize(needs.size());
-      PagePins pins(*pool_);
-      for (const auto& [region, index] : recycled) pins.add(region->at(slot, index));
-      const PageRefs fresh =
-          pool_->acquire(homes_of(std::span(needs).subspan(recycled.size())), lock);
-      Remap remap(*pool_, lost_);
-      for (std::size_t i = 0; i < needs.size(); ++i) {
-        const Need& need = needs[i];
-        if (i < recycled.size()) {
-          const auto [region, index] = recycled[i];
-          remap.set(*need.region, slot, need.index, region->at(slot, index));
-          remap.set(*region, slot, index, kNoPage);
-        } else {
-          remap.set(*need.region, slot, need.index, fresh[i - recycled.size()]);
-        }
-      }
-      // Kernels of this stream may still read what the sequence has there now.
-      if (moves) Fence(pool_->driver_ptr(), stream).wait();
-      if (remap.unmaps()) before_unmap(s);
-      remap.execute();
-      remap.clean(stream);
-      for (const Need& need : needs) {
-        if (need.copy_bytes > 0) {
-          copy(need.region->address(slot, need.index), need.copy_from, need.copy_bytes, stream);
-        }
-      }
-      std::vector<const Need*> dirty;
-      for (const Need& need : needs) {
-        if (need.copy_bytes > 0 &&
-            pool_->content(need.region->at(slot, need.index)) == Content::kDirty) {
-          dirty.push_back(&need);
-        }
-      }
-      remap.commit();
-      for (const Need* need : dirty) {
-        pool_->set_content(need->region->at(slot, need->index), Content::kDirty);
-      }
-      totals_.pages_mapped += needs.size();
-      totals_.pages_recycled += recycled.size();
+    if (needs.empty()) {
+      if (fill) fill();
+    } else {
+      map_needs(slot, needs, moves, stream, lock, fill);
     }
   } catch (...) {
     fence_off(s, stream);
     set_windows(slot, before);
     throw;
   }
-  s.ready = std::max(tokens, ready_of(slot));
+  return true;
+}
+
+void SlotSpace::map_needs(std::uint32_t slot, std::span<const Need> needs, bool moves,
+                          Stream stream, DeviceLock& lock, const std::function<void()>& fill) {
+  auto recycled = recyclable(slot);
+  if (recycled.size() > needs.size()) recycled.resize(needs.size());
+  PagePins pins(*pool_);
+  for (const auto& [region, index] : recycled) pins.add(region->at(slot, index));
+  const PageRefs fresh = pool_->acquire(homes_of(needs.subspan(recycled.size())), lock);
+  Remap remap(*pool_, lost_);
+  for (std::size_t i = 0; i < needs.size(); ++i) {
+    const Need& need = needs[i];
+    if (i < recycled.size()) {
+      const auto [region, index] = recycled[i];
+      remap.set(*need.region, slot, need.index, region->at(slot, index));
+      remap.set(*region, slot, index, kNoPage);
+    } else {
+      remap.set(*need.region, slot, need.index, fresh[i - recycled.size()]);
+    }
+  }
+  // Kernels of this stream may still read what the sequence has there now.
+  if (moves) Fence(pool_->driver_ptr(), stream).wait();
+  if (remap.unmaps()) before_unmap(slots_[slot]);
+  remap.execute();
+  remap.clean(stream);
+  copy_needs(needs, stream);
+  if (fill) fill();
+  std::vector<const Need*> dirty;
+  for (const Need& need : needs) {
+    if (need.copy_bytes > 0 &&
+        pool_->content(need.region->at(slot, need.index)) == Content::kDirty) {
+      dirty.push_back(&need);
+    }
+  }
+  remap.commit();
+  for (const Need* need : dirty) {
+    pool_->set_content(need->region->at(slot, need->index), Content::kDirty);
+  }
+  totals_.pages_mapped += needs.size();
+  totals_.pages_recycled += recycled.size();
 }
 
 // The windows of the slot once its anchor and length are these: what lies before them is left.
@@ -204,9 +235,8 @@ void SlotSpace::leave_pages(std::uint32_t slot) {
   }
 }
 
-void SlotSpace::grow_all(std::span<const std::int32_t> slots, std::span<const std::int32_t> tokens,
-                         Stream stream, bool advance) {
-  DeviceLock lock = enter();
+void SlotSpace::check_batch(std::span<const std::int32_t> slots,
+                            std::span<const std::int32_t> tokens) {
   if (slots.size() != tokens.size()) {
     throw std::invalid_argument("got " + std::to_string(slots.size()) + " slots and " +
                                 std::to_string(tokens.size()) + " lengths; give one length each");
@@ -215,6 +245,12 @@ void SlotSpace::grow_all(std::span<const std::int32_t> slots, std::span<const st
     open_slot(slots[i]);
     check_tokens(tokens[i]);
   }
+}
+
+void SlotSpace::grow_all(std::span<const std::int32_t> slots, std::span<const std::int32_t> tokens,
+                         Stream stream, bool advance) {
+  DeviceLock lock = enter();
+  check_batch(slots, tokens);
   struct Grown {
     std::uint32_t slot;
     std::size_t ready;
@@ -267,6 +303,19 @@ void SlotSpace::grow_all(std::span<const std::int32_t> slots, std::span<const st
 void SlotSpace::ensure(std::span<const std::int32_t> slots, std::span<const std::int32_t> tokens,
                        Stream stream) {
   grow_all(slots, tokens, stream, true);
+}
+
+bool SlotSpace::prepared(std::span<const std::int32_t> slots,
+                         std::span<const std::int32_t> tokens) {
+  const DeviceLock lock = pool_->try_lock();
+  // What is wrong with the arguments, prepare() says.
+  if (!lock.owns_lock() || lost_ || slots.size() != tokens.size()) return false;
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    const auto slot = static_cast<std::uint32_t>(slots[i]);
+    if (slot >= slots_.size() || !slots_[slot].open || tokens[i] < 0) return false;
+    if (static_cast<std::size_t>(tokens[i]) > slots_[slot].ready) return false;
+  }
+  return true;
 }
 
 void SlotSpace::prepare(std::span<const std::int32_t> slots, std::span<const std::int32_t> tokens,

@@ -8,7 +8,13 @@ namespace vattn {
 namespace {
 
 // How the pages of a cache are used, one byte per page of the pool.
-enum Use : std::uint8_t { kUsedStale = 1, kUsedCover = 2, kUsedLive = 4, kUsedShared = 8 };
+enum Use : std::uint8_t {
+  kUsedStale = 1,
+  kUsedCover = 2,
+  kUsedLive = 4,
+  kUsedShared = 8,
+  kUsedKept = 16
+};
 
 }  // namespace
 
@@ -27,26 +33,6 @@ bool SlotSpace::is_open(std::uint32_t slot) {
   return slots_[checked_index(slot)].open;
 }
 
-std::size_t SlotSpace::pages_needed(std::uint32_t slot, std::size_t tokens) {
-  const DeviceLock lock = enter();
-  const Slot& s = open_slot(slot);
-  check_tokens(static_cast<std::int64_t>(tokens));
-  std::size_t needed = 0;
-  if (tokens <= s.ready) return needed;
-  for (const Region& region : regions_) {
-    const PageWindow now = region.window(slot);
-    const PageWindow wanted = window_of(region, s.anchor, tokens);
-    const auto written = static_cast<std::uint32_t>(full_pages(region, s.tokens));
-    for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
-      for (std::uint32_t p = std::max(wanted.begin, written); p < wanted.end; ++p) {
-        const PageId id = region.at(slot, run * region.pages_per_run() + p);
-        needed += id == kNoPage || pool_->live(id) > (now.contains(p) ? 1U : 0U);
-      }
-    }
-  }
-  return needed;
-}
-
 std::size_t SlotSpace::first_token(std::uint32_t slot, std::uint32_t region) {
   const DeviceLock lock = enter();
   open_slot(slot);
@@ -58,15 +44,16 @@ std::size_t SlotSpace::first_token(std::uint32_t slot, std::uint32_t region) {
 SpaceStats SlotSpace::stats() {
   const DeviceLock lock = enter();
   SpaceStats out = totals_;
+  out.evicted_tokens = evictions();
   std::vector<std::uint8_t> uses(pool_->page_slots(), 0);
   for (std::uint32_t slot = 0; slot < slots(); ++slot) {
     const Slot& s = slots_[slot];
     out.open_slots += s.open;
+    out.kept_slots += s.kept.tokens > 0;
     out.tokens += s.tokens;
     for (const Region& region : regions_) {
-      const PageWindow window = region.window(slot);
-      const std::size_t partial = tail_bytes(region, s.tokens) > 0 ? 1 : 0;
-      const std::size_t live_end = full_pages(region, s.tokens) + partial;
+      const PageWindow window = region.window(slot), kept = region.kept(slot);
+      const std::size_t live_end = held_pages(region, s.tokens);
       const std::size_t first = window.begin * pool_->page_bytes() / region.spec().token_bytes;
       out.token_bytes +=
           (s.tokens - std::min(first, s.tokens)) * region.spec().token_bytes * region.spec().runs;
@@ -77,6 +64,7 @@ SpaceStats SlotSpace::stats() {
           const bool live = window.contains(p) && p < live_end;
           if (live && (uses[id] & kUsedLive) != 0) uses[id] |= kUsedShared;
           uses[id] |= live ? kUsedLive : window.contains(p) ? kUsedCover : kUsedStale;
+          if (kept.contains(p)) uses[id] |= kUsedKept;
         }
       }
     }
@@ -89,6 +77,7 @@ SpaceStats SlotSpace::stats() {
       out.cover_bytes += page;
     } else if ((use & kUsedStale) != 0) {
       out.stale_bytes += page;
+      if ((use & kUsedKept) != 0) out.kept_bytes += page;
     }
     if ((use & kUsedShared) != 0) out.shared_bytes += page;
   }
@@ -102,14 +91,14 @@ std::vector<PageState> SlotSpace::page_states(std::uint32_t slot, std::uint32_t 
   const Region& r = regions_.at(region);
   const Slot& s = slots_[checked_index(slot)];
   const PageWindow window = r.window(slot);
-  const std::size_t live_end = full_pages(r, s.tokens) + (tail_bytes(r, s.tokens) > 0 ? 1 : 0);
+  const std::size_t live_end = held_pages(r, s.tokens);
   std::vector<PageState> out(r.entries_per_slot(), PageState::kUnmapped);
   for (std::uint32_t index = 0; index < out.size(); ++index) {
     const PageId id = r.at(slot, index);
     const std::uint32_t p = index % r.pages_per_run();
     if (id == kNoPage) continue;
     if (!window.contains(p)) {
-      out[index] = PageState::kStale;
+      out[index] = r.kept(slot).contains(p) ? PageState::kKept : PageState::kStale;
     } else if (p >= live_end) {
       out[index] = PageState::kCover;
     } else {
@@ -136,15 +125,17 @@ void SlotSpace::check_slot(std::uint32_t slot) const {
   const auto require = [&](bool holds, const std::string& what) {
     if (!holds) throw InvariantError("slot " + std::to_string(slot) + ": " + what);
   };
-  require(s.anchor <= s.tokens && s.tokens <= s.ready && s.ready <= max_tokens_,
-          "anchor <= tokens <= ready <= max_tokens is broken");
-  require(s.open || s.ready == 0, "closed but not empty");
+  require(s.anchor <= s.tokens && s.tokens <= max_tokens_ && s.ready <= max_tokens_,
+          "anchor <= tokens <= max_tokens is broken");
+  require(s.ready == 0 || s.tokens <= s.ready, "tokens <= ready is broken");
+  require(s.open || (s.tokens == 0 && s.ready == 0), "closed but not empty");
   for (const Region& region : regions_) {
     const PageWindow window = region.window(slot);
     const PageWindow wanted = window_of(region, s.anchor, s.tokens);
     require(window.begin <= window.end && window.end <= region.pages_per_run(), "window order");
     require(window.begin <= wanted.begin, "window begins after what a query may reach");
-    require(window.end >= wanted.end, "cover of the tokens is not mapped");
+    require(window.end >= (s.ready > 0 ? wanted.end : held_pages(region, s.tokens)),
+            "a page with tokens or their cover is not mapped");
     require(s.ready <= std::max(s.tokens, ready_of(slot)), "ready is beyond what is mapped");
     std::uint32_t mapped = 0;
     for (std::uint32_t index = 0; index < region.entries_per_slot(); ++index) {
@@ -154,25 +145,56 @@ void SlotSpace::check_slot(std::uint32_t slot) const {
       require(id == kNoPage || p < region.top(slot), "a page above the top");
       if (!window.contains(p)) continue;
       require(id != kNoPage, "a hole in a window");
-      require(s.ready == s.tokens || p < full_pages(region, s.tokens) || pool_->live(id) == 1,
-              "a page that may be written is shared");
+      require(s.ready <= s.tokens || p < full_pages(region, s.tokens) || pool_->users(id) == 1,
+              "a page that may be written is shared or kept");
     }
     require(mapped == region.mapped(slot), "count of mapped pages is wrong");
+  }
+}
+
+void SlotSpace::check_kept(std::uint32_t slot) const {
+  const Slot& s = slots_[slot];
+  const auto require = [&](bool holds, const std::string& what) {
+    if (!holds) throw InvariantError("slot " + std::to_string(slot) + ": " + what);
+  };
+  require(!s.open || s.kept.tokens == 0, "open and kept at once");
+  require(s.kept.lowest <= s.kept.tokens && s.kept.anchor <= s.kept.tokens,
+          "a kept slot with lowest or anchor beyond its tokens");
+  require(s.was_kept || s.kept.tokens == 0, "keeps what nobody asked it to");
+  require(s.floor == 0, "a floor between operations");
+  for (const Region& region : regions_) {
+    const PageWindow kept = region.kept(slot);
+    require(kept.end == held_pages(region, s.kept.tokens),
+            "kept pages are not those of the tokens");
+    require(kept.begin <= kept.end, "kept window order");
+    if (s.kept.tokens > 0) {
+      const PageWindow wanted = window_of(region, s.kept.lowest, s.kept.lowest);
+      require(kept.begin <= wanted.begin || s.kept.lowest == 0, "lowest is too low");
+    }
+    for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
+      for (std::uint32_t p = kept.begin; p < kept.end; ++p) {
+        require(region.at(slot, run * region.pages_per_run() + p) != kNoPage,
+                "a hole in a kept window");
+      }
+    }
   }
 }
 
 void SlotSpace::check() {
   const DeviceLock lock = enter();
   pool_->check(lock);
-  std::vector<std::uint32_t> refs(pool_->page_slots(), 0), live(pool_->page_slots(), 0);
+  std::vector<std::uint32_t> refs(pool_->page_slots(), 0), live(refs), kept(refs);
   for (std::uint32_t slot = 0; slot < slots(); ++slot) {
     check_slot(slot);
+    check_kept(slot);
     for (const Region& region : regions_) {
       for (std::uint32_t index = 0; index < region.entries_per_slot(); ++index) {
         const PageId id = region.at(slot, index);
         if (id == kNoPage) continue;
+        const std::uint32_t p = index % region.pages_per_run();
         ++refs[id];
-        live[id] += region.window(slot).contains(index % region.pages_per_run());
+        live[id] += region.window(slot).contains(p);
+        kept[id] += region.kept(slot).contains(p);
       }
     }
   }
@@ -182,11 +204,16 @@ void SlotSpace::check() {
   // Another cache on the same pool has pages of its own, but no page has users in two caches.
   for (PageId id = 1; id < refs.size(); ++id) {
     const bool ours = refs[id] > 0;
-    if (ours && (refs[id] != pool_->refs(id) || live[id] != pool_->live(id))) {
-      throw InvariantError(
-          "page " + std::to_string(id) + " has " + std::to_string(pool_->refs(id)) +
-          " references and " + std::to_string(pool_->live(id)) + " live uses, but is mapped " +
-          std::to_string(refs[id]) + " times, " + std::to_string(live[id]) + " of them live");
+    if (ours && (refs[id] != pool_->refs(id) || live[id] != pool_->live(id) ||
+                 kept[id] != pool_->kept(id))) {
+      const auto counts = [](std::uint32_t mapped, std::uint32_t used, std::uint32_t by_free) {
+        return std::to_string(mapped) + " references, " + std::to_string(used) + " of them live, " +
+               std::to_string(by_free) + " kept";
+      };
+      throw InvariantError("page " + std::to_string(id) + " has " +
+                           counts(pool_->refs(id), pool_->live(id), pool_->kept(id)) +
+                           " by the pool's count, and " + counts(refs[id], live[id], kept[id]) +
+                           " by the tables");
     }
   }
 }

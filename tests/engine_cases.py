@@ -39,7 +39,8 @@ def engine_model(family: str) -> Any:
     """A model whose text depends on every cached token; its attention is set to "sdpa"."""
     if family != EMBEDDED:
         return tiny_model(family)
-    return AutoModelForCausalLM.from_pretrained(EMBEDDED_PATH, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(EMBEDDED_PATH, dtype=torch.float32)
+    return model.eval()
 
 
 def fresh_model(family: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 import threading
@@ -48,6 +49,35 @@ def test_overlapping_copy(driver: Driver, area: Area, dst: int, src: int) -> Non
         driver.copy(area.base + dst, area.base + src, 100)
     driver.copy(area.base, area.base + 100, 100)  # side by side is not overlapping
     driver.synchronize()
+
+
+def test_copies_to_and_from_host_memory(driver: Driver, area: Area, memory: Memory) -> None:
+    area.map(0, area.pages[:3])
+    pattern = bytes(i * 7 % 251 for i in range(area.page + 3001))
+    host = ctypes.create_string_buffer(pattern, len(pattern))
+    address, start = ctypes.addressof(host), area.at(1) - 1501  # over the edges of a page
+    stream = driver.create_stream()
+    before = driver.counters()["copy"][0]
+    driver.copy_from_host(start, address, len(pattern), stream)
+    driver.copy(area.base, start + 1, 64, stream)
+    back = ctypes.create_string_buffer(len(pattern))
+    driver.copy_to_host(ctypes.addressof(back) + 5, start + 3, len(pattern) - 9, stream)
+    driver.synchronize(stream)
+    assert driver.counters()["copy"][0] == before + 3
+    assert memory.read(start, len(pattern)) == pattern
+    assert memory.read(area.base, 64) == pattern[1:65]
+    assert back.raw == b"\0" * 5 + pattern[3:-6] + b"\0" * 4
+    driver.destroy_stream(stream)
+
+
+def test_host_memory_that_is_not_there(driver: Driver, area: Area) -> None:
+    area.map(0, area.pages[:1])
+    driver.copy_to_host(0, area.base, 0)
+    driver.copy_from_host(area.base, 0, 0)
+    with pytest.raises(ValueError, match="host memory at address 0; give a buffer"):
+        driver.copy_to_host(0, area.base, 1)
+    with pytest.raises(ValueError, match="host memory at address 0; give a buffer"):
+        driver.copy_from_host(area.base, 0, 1)
 
 
 def test_event_follows_the_work(driver: Driver, area: Area, memory: Memory) -> None:
@@ -145,6 +175,7 @@ def child():
         lambda: driver.map(base, pages, page), lambda: driver.set_access(base, page),
         lambda: driver.unmap(base, page), lambda: driver.copy(base, base + 64, 64),
         lambda: driver.fill(base, 1, 1), lambda: driver.record(0), lambda: driver.query(event),
+        lambda: driver.copy_to_host(base, base, 1), lambda: driver.copy_from_host(base, base, 1),
         lambda: driver.wait(event), lambda: driver.stream_wait(0, event),
     ]
     for i, call in enumerate(calls):

@@ -16,6 +16,7 @@ import vattn
 from tests.drivers import make_driver
 from tests.fake_cuda import fake as fk
 from tests.helpers import SMALL_PAGE, Sequences, assert_all_given_back, make_cache, make_pool
+from tests.kept import KeptSequences
 from vattn import DriverError, OutOfPages
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Script:
         self.fake, self.order, self.window = fake, *config
         self.retries = retries
         self.failures: list[type[Exception]] = []  # no tracebacks: they would keep the cache alive
-        self.seqs: Sequences | None = None
+        self.seqs: KeptSequences | None = None
 
     def attempt(self, act: Callable[[], T]) -> T:
         """The result of `act`; if it fails, nothing has changed, and it works when repeated."""
@@ -89,7 +90,7 @@ class Script:
             cache = self.attempt(
                 lambda: make_cache(pool, specs, max_seqs=5, max_tokens=160, order=self.order)
             )
-            self.seqs = Sequences(cache)
+            self.seqs = KeptSequences(cache)
             self.work(self.seqs, *streams)
             self.end(self.seqs)
             self.seqs = None
@@ -102,7 +103,7 @@ class Script:
             assert error.fatal
             self.seqs = None
 
-    def work(self, seqs: Sequences, one: int, two: int) -> None:
+    def work(self, seqs: KeptSequences, one: int, two: int) -> None:
         cache, attempt, grow = seqs.cache, self.attempt, self.grow
         a = seqs.open()
         grow(a, 20)
@@ -138,9 +139,36 @@ class Script:
         attempt(lambda: cache.pool.set_budget(PAGES * SMALL_PAGE))
         attempt(cache.trim)
         grow(c, 80)
+        self.keep_and_swap(seqs, c, one, two)
         seqs.check("at the end")
 
-    def end(self, seqs: Sequences) -> None:
+    def keep_and_swap(self, seqs: KeptSequences, c: int, one: int, two: int) -> None:
+        """What is kept may be lost to a failure: it is a cache. What is left of it is right."""
+        cache, attempt, grow = seqs.cache, self.attempt, self.grow
+        buffer = torch.empty(cache.saved_bytes(c), dtype=torch.uint8)
+        attempt(lambda: cache.save(c, buffer, stream=one))
+        anchor, writers = cache.anchor(c), list(seqs.writers[c])
+        attempt(lambda: seqs.keep(c, stream=one))
+        f = attempt(lambda: seqs.fork(c, 75, stream=two))  # after the first stream, copies a tail
+        grow(f, 90, two)
+        if cache.kept(c)[1] >= 60:  # else it had to give up its end
+            attempt(lambda: seqs.reopen(c, 60))
+            grow(c, 62, one)  # copies what it shares before it writes
+            attempt(lambda: cache.restore(c, len(writers), anchor, buffer, 62, stream=one))
+            seqs.writers[c] += writers[62:]
+            seqs.check("restored to what was reopened")
+            attempt(lambda: seqs.release(c, stream=two))
+        c = seqs.open(slot=c)
+        attempt(lambda: cache.restore(c, len(writers), anchor, buffer, stream=one))
+        seqs.writers[c] = writers
+        seqs.check("restored")
+        attempt(lambda: seqs.keep(f, stream=two))
+        attempt(lambda: cache.pool.set_budget(60 * SMALL_PAGE))  # takes the end of it
+        attempt(lambda: cache.pool.set_budget(PAGES * SMALL_PAGE))
+        if cache.kept(f)[1]:
+            attempt(lambda: seqs.reopen(f, cache.kept(f)[1]))
+
+    def end(self, seqs: KeptSequences) -> None:
         for slot in list(seqs.writers):
             self.attempt(lambda slot=slot: seqs.release(slot))  # type: ignore[misc]
         self.attempt(seqs.cache.trim)
@@ -203,7 +231,8 @@ def test_every_call_runs_out_of_memory_once(fake_cuda: FakeCuda, config: Config)
     calls = calls_of_script(fake_cuda, config)
     for name in (
         "cuMemAddressReserve", "cuMemCreate", "cuMemMap", "cuMemSetAccess", "cuMemcpyDtoDAsync",
-        "cuMemsetD8Async", "cuEventCreate", "cuEventRecord",
+        "cuMemcpyDtoHAsync", "cuMemcpyHtoDAsync", "cuMemsetD8Async", "cuEventCreate",
+        "cuEventRecord",
     ):  # fmt: skip
         for position in range(1, calls[name] + 1):
             run_failing(fake_cuda, config, name, position, fk.OUT_OF_MEMORY)
@@ -217,8 +246,9 @@ def test_every_function_fails_at_its_first_and_last_call(
     calls = calls_of_script(fake_cuda, config)
     assert {
         "cuMemAddressReserve", "cuMemAddressFree", "cuMemCreate", "cuMemRelease", "cuMemMap",
-        "cuMemUnmap", "cuMemSetAccess", "cuMemcpyDtoDAsync", "cuMemsetD8Async", "cuEventRecord",
-        "cuEventSynchronize", "cuStreamWaitEvent",
+        "cuMemUnmap", "cuMemSetAccess", "cuMemcpyDtoDAsync", "cuMemcpyDtoHAsync",
+        "cuMemcpyHtoDAsync", "cuMemsetD8Async", "cuEventRecord", "cuEventSynchronize",
+        "cuStreamWaitEvent",
     } <= set(calls)  # fmt: skip
     for name, count in calls.items():
         for position in {1, count}:

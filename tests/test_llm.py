@@ -282,7 +282,7 @@ def test_deltas_add_up(llm: vattn.LLM) -> None:
 
 
 def test_leaving_a_stream_aborts_the_rest(llm: vattn.LLM) -> None:
-    stream = llm.stream([PROMPT, "The"], greedy(200))
+    stream: Any = llm.stream([PROMPT, "The"], greedy(200))
     next(stream)
     stream.close()
     llm.engine.step()

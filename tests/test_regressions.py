@@ -165,3 +165,50 @@ def test_lengths_are_read_once() -> None:
         stop.set()
         thread.join()
     cache.check()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_release_survives_an_event_that_cannot_be_recorded(
+    fake_cuda: FakeCuda, keep: bool
+) -> None:
+    """It waits for the stream instead; the slot used to stay open, and nobody could end it."""
+    fake_cuda.configure(granularity=SMALL_PAGE)
+    driver = make_driver("cuda_fake")
+    pool = vattn.PagePool(driver=driver, page_bytes=SMALL_PAGE, budget_bytes=40 * SMALL_PAGE)
+    with vattn.KVCache(1, 1, 64, torch.float32, max_seqs=2, max_tokens=256, pool=pool) as cache:
+        slot = cache.open()
+        cache.ensure(slot, 100)
+        fake_cuda.fail("cuEventRecord", nth=1, code=2)
+        cache.truncate(slot, 60)
+        fake_cuda.fail("cuEventRecord", nth=1, code=2)
+        cache.release(slot, keep=keep)
+        cache.check()
+        assert cache.stats().open_slots == 0
+        assert cache.kept(int(slot))[1] == (60 if keep else 0)
+
+
+def test_a_dirty_sequence_leaves_nothing_mapped() -> None:
+    """A kernel may read a slot beyond its sequence where holes read as zeros: not NaN, then."""
+    cache = vattn.KVCache(
+        1, 1, 64, torch.float32, max_seqs=3, max_tokens=256, page_bytes=PAGE, order="head"
+    )
+    assert cache.holes_readable
+    with cache:
+        k, v = cache.layer(0)
+        for keep in (False, True):
+            slot = cache.open(slot=0)
+            cache.ensure(slot, 200)
+            k[0, :200] = v[0, :200] = float("nan")
+            cache.mark_dirty(slot)
+            twin = cache.fork(slot, 150)
+            cache.release(slot, keep=keep)
+            index = int(twin)
+            cache.release(twin)
+            for again in (0, index):
+                short = cache.open(slot=again)
+                cache.ensure(short, 8)
+                k[again, :8] = v[again, :8] = 1.0
+                assert torch.isfinite(k[again, :256]).all()
+                assert torch.isfinite(v[again, :256]).all()
+                cache.check()
+                cache.release(short)

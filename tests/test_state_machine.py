@@ -2,13 +2,16 @@
 
 On the fake, sequences live on two streams that finish their work as late as they may, and a kernel
 over every open sequence is still running when the next operation begins: what the cache unmaps or
-reuses too early lands in the fake's log of violations.
+reuses too early lands in the fake's log of violations. Free slots may keep what they held, and
+sequences may go to host memory and come back: the record says what must be there again.
 """
 
 from __future__ import annotations
 
 import gc
-from typing import TYPE_CHECKING, Any, ClassVar
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -28,23 +31,35 @@ from tests.drivers import fake_library_path, make_driver
 from tests.fake_cuda.fake import FakeCuda, StreamMode
 from tests.helpers import (
     SMALL_PAGE,
-    Sequences,
     assert_all_given_back,
     launch,
     make_cache,
     make_pool,
 )
-from vattn import OutOfPages, OutOfSlots
+from tests.kept import KeptSequences
+from vattn import OutOfPages, OutOfSlots, PagesGone
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vattn.kv.layout import Order
 
-SLOTS, MAX_TOKENS, PAGES = 4, 80, 150
+SLOTS, MAX_TOKENS, PAGES = 5, 80, 150
 
 tokens = st.integers(0, MAX_TOKENS)
 pick = st.integers(0, SLOTS - 1)
+Origin = Literal["fresh", "fork", "reopen"]
+origins = st.sampled_from(["fresh", "fork", "reopen"])
+
+
+@dataclass
+class Saved:
+    """A sequence in host memory."""
+
+    slot: int  # where it was
+    writers: list[int]
+    anchor: int
+    buffer: torch.Tensor
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -65,7 +80,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.pool = make_pool(self.driver, pages=PAGES)
         plain = vattn.LayerSpec(1, 24, torch.float32)
         specs = [plain, vattn.LayerSpec(2, 40, torch.bfloat16, self.window), plain]
-        self.seqs = Sequences(
+        self.saved: list[Saved] = []
+        self.keeps = stale > 0
+        self.seqs = KeptSequences(
             make_cache(
                 self.pool,
                 specs,
@@ -90,13 +107,15 @@ class CacheMachine(RuleBasedStateMachine):
         slots = sorted(self.seqs.writers)
         return slots[index % len(slots)]
 
-    def attempt(self, act: Callable[[], Any], most_pages: int | None = None) -> Any:
+    def attempt(
+        self, act: Callable[[], Any], most_pages: int | None = None, source: int = -1
+    ) -> Any:
         """The result of `act`, or None if there is no room, which must then be true."""
         available = self.pool.core.available_pages()
         try:
             return act()
         except OutOfSlots:
-            assert len(self.seqs.writers) == SLOTS
+            assert len({*self.seqs.writers, source} - {-1}) == SLOTS
         except OutOfPages:
             assert most_pages is None or most_pages > available
         except ValueError as error:  # a window layer no longer holds what the prefix needs
@@ -105,20 +124,20 @@ class CacheMachine(RuleBasedStateMachine):
         return None
 
     def pages(self, slot: int, length: int) -> int:
-        """At most so many pages come into use when the sequence grows."""
-        cover = -(-max(length, 1) // self.tile) * self.tile
-        held = self.cache.tokens(slot) // MAX_TOKENS  # a full one needs none
-        return (
-            0
-            if held
-            else sum(
-                region.runs * -(-cover * region.token_bytes // self.pool.page_bytes)
-                for region in self.cache.layout.regions
-            )
-        )
+        """So many pages come into use when the sequence grows."""
+        return self.cache.pages_needed_many([slot], [length])
 
     def has_open(self) -> bool:
         return bool(self.seqs.writers)
+
+    def has_kept(self) -> bool:
+        return bool(self.seqs.lengths())
+
+    def chosen_kept(self, index: int) -> tuple[int, int, int]:
+        """A kept slot, and the lengths that it can be had at."""
+        slots = sorted(self.seqs.lengths())
+        slot = slots[index % len(slots)]
+        return slot, *self.cache.kept(slot)
 
     # Rules --------------------------------------------------------------------------------------
 
@@ -168,7 +187,10 @@ class CacheMachine(RuleBasedStateMachine):
         ]
         self.finish_work()  # sequences of two streams meet on one
         before = [self.cache.tokens(slot) for slot in slots]
-        self.attempt(lambda: self.cache.ensure_many(slots, lengths, stream=self.streams[0]))
+        self.attempt(
+            lambda: self.cache.ensure_many(slots, lengths, stream=self.streams[0]),
+            self.cache.pages_needed_many(slots, lengths),
+        )
         self.finish_work()
         after = [self.cache.tokens(slot) for slot in slots]
         assert after in (before, lengths)
@@ -190,12 +212,8 @@ class CacheMachine(RuleBasedStateMachine):
         if length is not None:
             length = min(length, self.cache.tokens(source))
 
-        def act() -> int:
-            return int(self.cache.fork(source, length, stream=stream))
-
-        child = self.attempt(act)
+        child = self.attempt(lambda: self.seqs.fork(source, length, stream=stream))
         if child is not None:
-            self.seqs.writers[child] = self.seqs.writers[source][: self.cache.tokens(child)]
             self.stream_of[child] = stream
 
     @precondition(has_open)
@@ -230,10 +248,109 @@ class CacheMachine(RuleBasedStateMachine):
         self.attempt(act)
 
     @precondition(has_open)
-    @rule(index=pick)
-    def release(self, index: int) -> None:
+    @rule(index=pick, keep=st.booleans())
+    def release(self, index: int, keep: bool) -> None:
         slot = self.chosen(index)
-        self.seqs.release(slot, stream=self.stream_of.pop(slot))
+        act = self.seqs.keep if keep and self.keeps else self.seqs.release
+        act(slot, stream=self.stream_of.pop(slot))
+
+    @precondition(has_kept)
+    @rule(index=pick, shared=tokens, more=tokens, in_place=st.booleans())
+    def admit(self, index: int, shared: int, more: int, in_place: bool) -> None:
+        """A new sequence begins with what a slot keeps; the page count says if it can."""
+        slot, lowest, kept = self.chosen_kept(index)
+        shared = min(max(shared, lowest), kept)
+        length = max(shared, more)
+        stream = self.streams[more % 2]
+        need = self.cache.admission_pages(
+            length, source=slot, shared_tokens=shared, in_place=in_place
+        )
+
+        def act() -> int:
+            if in_place:
+                return self.seqs.reopen(slot, shared)
+            return self.seqs.fork(slot, shared, stream=stream)
+
+        child = self.attempt(act, need, slot)
+        if child is None:
+            return
+        self.stream_of[child] = stream
+        if not in_place:  # all that the source may have lost is its end
+            now = self.cache.kept(slot)
+            assert now == (lowest, kept) or (now[0] == lowest and shared <= now[1] < kept)
+        self.attempt(lambda: self.cache.ensure(child, length, stream=stream), need)
+        self.finish_work()
+        self.seqs.write(child)
+
+    @precondition(has_kept)
+    @rule(index=pick, in_place=st.booleans())
+    def want_too_much(self, index: int, in_place: bool) -> None:
+        slot, lowest, kept = self.chosen_kept(index)
+        act = self.cache.reopen if in_place else self.cache.fork
+        for length in {kept + 1, lowest - 1} - {-1}:
+            with pytest.raises(PagesGone):
+                act(slot, length)
+
+    @precondition(has_kept)
+    @rule(index=pick, forget=st.booleans())
+    def forget_or_touch(self, index: int, forget: bool) -> None:
+        slot, *_ = self.chosen_kept(index)
+        if forget:
+            self.cache.forget(slot)
+        else:
+            self.cache.touch(slot)
+
+    @precondition(has_open)
+    @rule(index=pick, keep=st.booleans())
+    def swap_out(self, index: int, keep: bool) -> None:
+        slot = self.chosen(index)
+        stream = self.stream_of[slot]
+        buffer = torch.full((self.cache.saved_bytes(slot),), 0xAB, dtype=torch.uint8)
+        self.cache.save(slot, buffer, stream=stream)
+        writers, anchor = self.seqs.writers[slot], self.cache.anchor(slot)
+        self.saved.append(Saved(slot, list(writers), anchor, buffer))
+        self.finish_work()
+        self.release(sorted(self.seqs.writers).index(slot), keep)
+
+    @precondition(lambda self: self.saved)
+    @rule(index=pick, origin=origins, shared=tokens)
+    def swap_in(self, index: int, origin: Origin, shared: int) -> None:
+        """Into an empty slot, or one with as much of the beginning as there still is."""
+        saved = self.saved.pop(index % len(self.saved))
+        stream, total = self.streams[index % 2], len(saved.writers)
+        lowest, kept = self.cache.kept(saved.slot)
+        shared = max(lowest, min(shared, kept, total))
+        same = self.seqs.kept.get(saved.slot, [])[:shared] == saved.writers[:shared]
+        if origin == "fresh" or not kept or not same or shared > total:
+            origin, shared = "fresh", 0
+        need = self.cache.admission_pages(
+            total,
+            source=None if origin == "fresh" else saved.slot,
+            shared_tokens=shared,
+            in_place=origin == "reopen",
+            anchor=saved.anchor,
+        )
+
+        def act() -> int:
+            if origin == "fresh":
+                return self.seqs.open(expected_tokens=total)
+            if origin == "reopen":
+                return self.seqs.reopen(saved.slot, shared)
+            return self.seqs.fork(saved.slot, shared, stream=stream)
+
+        slot = self.attempt(act, need, -1 if origin == "fresh" else saved.slot)
+        if slot is None:
+            return
+        self.stream_of[slot] = stream
+
+        def restore() -> bool:
+            self.cache.restore(slot, total, saved.anchor, saved.buffer, shared, stream=stream)
+            return True
+
+        if self.attempt(restore, need):
+            self.finish_work()
+            self.seqs.writers[slot] = saved.writers
+            assert self.cache.anchor(slot) >= saved.anchor
 
     @precondition(has_open)
     @rule(index=pick)
@@ -243,7 +360,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def trim(self) -> None:
         self.cache.trim()
-        assert self.cache.stats().stale_bytes == 0
+        assert self.cache.stats().stale_bytes == self.cache.stats().kept_slots == 0
         assert self.pool.stats().free_bytes == 0
 
     @rule(pages=st.integers(1, PAGES))
@@ -265,6 +382,8 @@ class CacheMachine(RuleBasedStateMachine):
         assert stats.live_bytes + stats.cover_bytes + stats.stale_bytes + stats.scratch_bytes == (
             self.pool.stats().used_bytes
         )
+        assert stats.kept_bytes <= stats.stale_bytes
+        assert stats.kept_slots == len(self.seqs.lengths())
         assert self.driver.physical_bytes() == self.pool.stats().created_bytes
         if self.fake:
             for slot, stream in self.stream_of.items():
@@ -292,17 +411,26 @@ class CacheMachine(RuleBasedStateMachine):
             assert leaks == []
 
 
-@pytest.mark.parametrize("tile", [1, 16])
-@pytest.mark.parametrize("window", [None, 12], ids=["full", "window"])
-@pytest.mark.parametrize("order", ["token", "head"])
-@pytest.mark.parametrize("kind", ["host_strict", "cuda_fake"])
-def test_random_operations(kind: str, order: Order, window: int | None, tile: int) -> None:
-    config = {"kind": kind, "order": order, "window": window, "tile": tile}
+CONFIGS = [
+    pytest.param(
+        {"kind": kind, "order": order, "window": window, "tile": tile},
+        id=f"{kind}-{order}-{'full' if window is None else 'window'}-{tile}",
+    )
+    for kind in ("host_strict", "cuda_fake")
+    for order in ("token", "head")
+    for window in (None, 12)
+    for tile in (1, 16)
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_random_operations(config: dict[str, Any]) -> None:
+    """Short ones, which hypothesis makes shorter still when they fail."""
     machine = type("Machine", (CacheMachine,), config)
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=60,
+            max_examples=40,
             stateful_step_count=40,
             deadline=None,
             derandomize=True,
@@ -310,3 +438,54 @@ def test_random_operations(kind: str, order: Order, window: int | None, tile: in
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_long_walks(config: dict[str, Any]) -> None:
+    """States that short ones do not come to: kept slots under pressure, forks of forks, swaps."""
+    rng = random.Random(str(config))
+    machine: Any = type("Machine", (CacheMachine,), config)()
+    machine.make(rng.random() < 0.5, 1)
+
+    def length() -> int:
+        return rng.randrange(MAX_TOKENS + 1)
+
+    def index() -> int:
+        return rng.randrange(SLOTS)
+
+    def some_open() -> bool:
+        return bool(machine.seqs.writers)
+
+    steps: list[tuple[int, Callable[[], bool] | None, Callable[[], None]]] = [
+        (3, None, lambda: machine.open_any(length())),
+        (4, some_open, lambda: machine.ensure(index(), length())),
+        (4, some_open, lambda: machine.decode(index(), rng.randrange(1, 4))),
+        (2, some_open, lambda: machine.ensure_many([rng.randrange(21) for _ in range(SLOTS)])),
+        (1, some_open, lambda: machine.prepare(index(), length())),
+        (2, some_open, lambda: machine.fork(index(), rng.choice([None, length()]))),
+        (1, some_open, lambda: machine.truncate(index(), length())),
+        (1, some_open, lambda: machine.assign([index() for _ in range(SLOTS)])),
+        (6, some_open, lambda: machine.release(index(), rng.random() < 0.8)),
+        (9, machine.has_kept, lambda: machine.admit(index(), length(), length(), coin())),
+        (1, machine.has_kept, lambda: machine.want_too_much(index(), coin())),
+        (1, machine.has_kept, lambda: machine.forget_or_touch(index(), coin())),
+        (1, some_open, lambda: machine.mark_dirty(index())),
+        (2, some_open, lambda: machine.swap_out(index(), True)),
+        (3, lambda: bool(machine.saved), lambda: machine.swap_in(index(), origin(), length())),
+        (2, None, lambda: machine.move_budget(rng.randrange(PAGES // 4, PAGES))),
+    ]
+
+    def coin() -> bool:
+        return rng.random() < 0.5
+
+    def origin() -> str:
+        return rng.choice(["fresh", "fork", "reopen"])
+
+    weights = [weight for weight, _, _ in steps]
+    for _ in range(1000):
+        _, may, act = rng.choices(steps, weights)[0]
+        if may is None or may():
+            act()
+            machine.bytes_and_tables_are_right()
+    assert machine.cache.evictions() > 0
+    machine.teardown()

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <exception>
 #include <functional>
+#include <mutex>
 #include <string>
 #include <thread>
 
@@ -107,8 +108,14 @@ void run_threads(const Scenario& scenario, const std::shared_ptr<PagePool>& pool
     spaces.push_back(std::make_shared<SlotSpace>(pool, space_options(scenario)));
   }
   std::vector<Worker> workers;
+  std::vector<std::shared_ptr<std::mutex>> admissions;
+  for (std::uint32_t i = 0; i < scenario.caches; ++i) {
+    admissions.push_back(std::make_shared<std::mutex>());
+  }
   for (std::uint32_t i = 0; i < kThreads; ++i) {
-    workers.emplace_back(spaces[i % scenario.caches], mapper, streams[i], 10 * seed + i + 1);
+    const std::uint32_t cache = i % scenario.caches;
+    workers.emplace_back(spaces[cache], mapper, streams[i], 10 * seed + i + 1, admissions[cache],
+                         scenario.keep_stale);
   }
   share_prefix(workers, scenario.caches);
 

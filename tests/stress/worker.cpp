@@ -35,10 +35,13 @@ std::int32_t to_int32(std::size_t n) { return static_cast<std::int32_t>(n); }
 
 void fail(const std::string& what) { throw std::runtime_error(what); }
 
-Worker::Worker(std::shared_ptr<SlotSpace> space, Mapper& mapper, Stream stream, std::uint32_t seed)
+Worker::Worker(std::shared_ptr<SlotSpace> space, Mapper& mapper, Stream stream, std::uint32_t seed,
+               std::shared_ptr<std::mutex> admission, bool keeps)
     : space_(std::move(space)),
       mapper_(mapper),
       stream_(stream),
+      admission_(std::move(admission)),
+      keeps_(keeps),
       rng_(seed),
       next_writer_(seed * kWritersEach) {}
 
@@ -79,7 +82,7 @@ void Worker::step() {
   }
   const std::size_t i = below(sequences_.size());
   Sequence& sequence = sequences_[i];
-  switch (below(16)) {
+  switch (below(22)) {
     case 0:
       return open();
     case 1:
@@ -101,6 +104,15 @@ void Worker::step() {
       return;
     case 9:
       return compare(sequence);
+    case 10:
+    case 11:
+      return keep(i);
+    case 12:
+    case 13:
+    case 14:
+      return resume();
+    case 15:
+      return swap(i);
     default:
       return grow_all();
   }
@@ -122,6 +134,7 @@ void Worker::open() {
   if (sequences_.size() >= kMostSequences) return;
   std::uint32_t slot = 0;
   try {
+    const std::lock_guard lock(*admission_);
     slot = space_->open(std::nullopt, below(space_->max_tokens()));
   } catch (const vattn::OutOfSlots&) {
     return;
@@ -181,12 +194,77 @@ void Worker::fork() {
                                      parent.writers.begin() + static_cast<std::ptrdiff_t>(tokens));
   std::uint32_t slot = 0;
   try {
+    const std::lock_guard lock(*admission_);
     slot = space_->fork(parent.slot, tokens, stream_);
   } catch (const vattn::OutOfPages&) {
     return;
   }
   sequences_.push_back({slot, std::move(writers), nullptr});
   compare(sequences_.back());
+}
+
+void Worker::keep(std::size_t i) {
+  if (!keeps_) return release(i);
+  Sequence sequence = std::move(sequences_[i]);
+  sequences_.erase(sequences_.begin() + static_cast<std::ptrdiff_t>(i));
+  settle(sequence);
+  compare(sequence);
+  sequence.generation = space_->generation(sequence.slot);
+  space_->release(sequence.slot, stream_, true);
+  kept_.push_back(std::move(sequence));
+}
+
+// Goes on from what a slot still keeps, in place or beside it. Others may take pages meanwhile, and
+// have taken the slot.
+void Worker::resume() {
+  if (kept_.empty() || sequences_.size() >= kMostSequences) return;
+  const std::size_t i = below(kept_.size());
+  Sequence sequence = std::move(kept_[i]);
+  kept_.erase(kept_.begin() + static_cast<std::ptrdiff_t>(i));
+  try {
+    const std::lock_guard lock(*admission_);
+    if (space_->generation(sequence.slot) != sequence.generation) return;
+    const vattn::KeptRange range = space_->kept(sequence.slot);
+    if (range.tokens == 0) return;
+    const std::size_t tokens = range.lowest + below(range.tokens - range.lowest + 1);
+    if (below(2) == 0) {
+      space_->reopen(sequence.slot, tokens);
+    } else {
+      const std::uint32_t source = sequence.slot;
+      sequence.slot = space_->fork(source, tokens, stream_);
+      kept_.push_back({source, sequence.writers, nullptr, sequence.generation});
+    }
+    sequence.writers.resize(tokens);
+  } catch (const vattn::PagesGone&) {
+    return;
+  } catch (const vattn::OutOfPages&) {
+    return;
+  }
+  sequences_.push_back(std::move(sequence));
+  compare(sequences_.back());
+}
+
+// To memory of our own and back, into whatever slot.
+void Worker::swap(std::size_t i) {
+  Sequence& sequence = sequences_[i];
+  settle(sequence);
+  const std::size_t tokens = sequence.writers.size(), anchor = space_->anchor(sequence.slot);
+  std::vector<char> memory(space_->saved_bytes(sequence.slot) + 1);
+  const std::size_t bytes = memory.size() - 1;
+  space_->copy_out(sequence.slot, memory.data(), bytes, stream_);
+  space_->release(sequence.slot, stream_);
+  {
+    const std::lock_guard lock(*admission_);
+    sequence.slot = space_->open(std::nullopt, tokens);
+  }
+  try {
+    space_->copy_in(sequence.slot, tokens, anchor, memory.data(), bytes, 0, stream_);
+    space_->pool().driver().synchronize(stream_);
+    compare(sequence);
+  } catch (const vattn::OutOfPages&) {
+    space_->release(sequence.slot, stream_);
+    sequences_.erase(sequences_.begin() + static_cast<std::ptrdiff_t>(i));
+  }
 }
 
 void Worker::truncate(Sequence& sequence) {

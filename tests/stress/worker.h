@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <vector>
 
@@ -21,7 +22,9 @@ using vattn::Ticket;
 
 class Worker {
  public:
-  Worker(std::shared_ptr<SlotSpace> space, Mapper& mapper, Stream stream, std::uint32_t seed);
+  // `admission` is held by whoever opens a slot: only then is a kept slot still what it was.
+  Worker(std::shared_ptr<SlotSpace> space, Mapper& mapper, Stream stream, std::uint32_t seed,
+         std::shared_ptr<std::mutex> admission, bool keeps);
 
   // A sequence that nobody writes any more; every worker of its cache may fork it.
   void share(std::uint32_t slot, std::vector<std::uint32_t> writers);
@@ -39,6 +42,7 @@ class Worker {
     std::uint32_t slot;
     std::vector<std::uint32_t> writers;  // who wrote each token
     std::shared_ptr<Ticket> ticket;      // of a prepare() on its way
+    std::uint32_t generation = 0;        // of the slot, when it was kept
   };
 
   void step();
@@ -48,6 +52,9 @@ class Worker {
   void prepare(Sequence& sequence);
   void fork();
   void truncate(Sequence& sequence);
+  void keep(std::size_t i);
+  void resume();
+  void swap(std::size_t i);
   void assign();
   void release(std::size_t i);
 
@@ -63,9 +70,12 @@ class Worker {
   const std::shared_ptr<SlotSpace> space_;
   Mapper& mapper_;
   const Stream stream_;
+  const std::shared_ptr<std::mutex> admission_;
+  const bool keeps_;  // the cache can
   std::mt19937 rng_;
   std::uint32_t next_writer_;
   std::vector<Sequence> sequences_;
+  std::vector<Sequence> kept_;  // slots released with what these had; others may have taken them
   bool has_shared_ = false;
   Sequence shared_{};
 };

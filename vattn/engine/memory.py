@@ -168,7 +168,7 @@ class MemoryManager:
         owner = self._owners.get(slot)
         if owner is not None:
             tokens = min(shared, owner.computed)
-            lowest = self.cache.anchor(slot) if self._has_windows else 0
+            lowest = self.cache.lowest(slot) if self._has_windows else 0
             return (tokens, _RUNNING) if tokens >= max(lowest, MIN_FORK_TOKENS) else None
         lowest, kept = self.cache.kept(slot)
         tokens = min(shared, kept)

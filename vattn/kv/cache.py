@@ -4,47 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import Self
 
-import numpy as np
 import torch
 
 from vattn import _core
 from vattn.config import positive_int
-from vattn.kv.arrays import Int32Array, as_int32, as_integer
+from vattn.kv.arrays import as_int32, as_integer
+from vattn.kv.kept import KeptSlots
 from vattn.kv.layout import DEFAULTS, LayerSpec, Layout, Order, make_layout
 from vattn.kv.pool import PagePool, default_budget_bytes, open_driver, parse_device
 from vattn.kv.report import CacheStats, MemoryMap, SlotMap
+from vattn.kv.slots import LengthList, Slot, SlotLike, SlotList, token_count
 
 # Tiles of the FlashAttention kernels in use on a GPU, by head size and dtype. SDPA on a CPU reads
 # exactly what it is given.
 DEFAULT_TILES: dict[str, tuple[int, ...]] = {"cpu": (1,), "cuda": (128, 176, 192, 224)}
 
 
-class Slot:
-    """A handle of one open sequence. Good until it is released; ``int(slot)`` is its index."""
-
-    __slots__ = ("_cache", "_generation", "index")
-
-    def __init__(self, cache: KVCache, index: int, generation: int) -> None:
-        self._cache = cache
-        self.index = index
-        self._generation = generation
-
-    def __index__(self) -> int:
-        return self.index
-
-    def __int__(self) -> int:
-        return self.index
-
-    def __repr__(self) -> str:
-        return f"Slot({self.index})"
-
-
-SlotLike: TypeAlias = "Slot | int"
-
-
-class KVCache:
+class KVCache(KeptSlots):
     """Virtual K and V tensors for up to ``max_seqs`` sequences of up to ``max_tokens`` tokens.
 
     All addresses are reserved at once and never move; physical pages are mapped where tokens are.
@@ -131,12 +109,6 @@ class KVCache:
 
     # Lifetime -------------------------------------------------------------------------------------
 
-    @property
-    def _slots(self) -> _core.SlotSpace:
-        if self._space is None:
-            raise ValueError("this cache has been closed; make a new one")
-        return self._space
-
     def close(self) -> None:
         """Gives every page back to the pool; tensors handed out keep addresses, not memory."""
         self._tensors.clear()
@@ -158,6 +130,10 @@ class KVCache:
     def open(self, *, slot: int | None = None, expected_tokens: int = 0) -> Slot:
         """Takes a free slot for a new, empty sequence. No driver call.
 
+        What a kept slot holds is lost when it is taken. That happens when no other is free, and
+        when so many tokens cannot be had without taking kept pages from somebody: those of the slot
+        used longest ago are then used where they are, if at least half of them are needed.
+
         Args:
             slot: a particular one; None takes the one whose leftover pages fit best.
             expected_tokens: how long the sequence is likely to get, 0 for unknown.
@@ -172,9 +148,18 @@ class KVCache:
             raise ValueError(f"slot={slot} is not one of the {self.max_seqs} slots of this cache")
         return self._handle(self._slots.open(slot, expected_tokens))
 
-    def release(self, slot: SlotLike, *, stream: int | None = None) -> None:
-        """Ends a sequence. Its pages stay mapped for the next user until somebody needs them."""
-        self._slots.release(self._index(slot), self._stream(stream))
+    def release(self, slot: SlotLike, *, keep: bool = False, stream: int | None = None) -> None:
+        """Ends a sequence. Its pages stay mapped for the next user until somebody needs them.
+
+        Args:
+            slot: is free from now on.
+            keep: it remembers its tokens for :meth:`reopen` and :meth:`fork`; see :meth:`kept`.
+            stream: raw CUDA stream of its last kernels; None for torch's current one.
+
+        Raises:
+            ValueError: it is not open, or ``keep`` in a cache with ``reuse_stale=False``.
+        """
+        self._slots.release(self._index(slot), self._stream(stream), keep)
 
     def ensure(self, slot: SlotLike, tokens: int, *, stream: int | None = None) -> None:
         """Makes the first ``tokens`` tokens mapped and the sequence at least that long.
@@ -192,8 +177,8 @@ class KVCache:
 
     def ensure_many(
         self,
-        slots: Int32Array | torch.Tensor | Sequence[SlotLike],
-        tokens: Int32Array | torch.Tensor | Sequence[int],
+        slots: SlotList,
+        tokens: LengthList,
         *,
         stream: int | None = None,
     ) -> None:
@@ -208,8 +193,8 @@ class KVCache:
 
     def prepare(
         self,
-        slots: Int32Array | torch.Tensor | Sequence[SlotLike],
-        tokens: Int32Array | torch.Tensor | Sequence[int],
+        slots: SlotList,
+        tokens: LengthList,
         *,
         stream: int | None = None,
     ) -> _core.Ticket:
@@ -229,30 +214,28 @@ class KVCache:
         Raises:
             ValueError: longer than it is, or further back than a sliding-window layer holds.
         """
-        if tokens < 0:
-            raise ValueError(f"tokens={tokens} must not be negative")
-        self._slots.truncate(self._index(slot), tokens, self._stream(stream))
+        self._slots.truncate(self._index(slot), token_count(tokens), self._stream(stream))
 
     def fork(self, slot: SlotLike, tokens: int | None = None, *, stream: int | None = None) -> Slot:
         """A new sequence with the first ``tokens`` tokens (all by default) of ``slot``.
 
-        Full pages are shared and never written again; the partial tail of each run is copied.
+        Full pages are shared and never written again; the partial tail of each run is copied. The
+        slot may be a kept one, and stays so: it becomes the one used last.
 
         Raises:
-            OutOfSlots, OutOfPages: nothing has changed.
+            OutOfSlots, OutOfPages: nothing has changed, but for what other slots kept.
+            PagesGone: a kept slot no longer has them; nothing has changed.
             ValueError: more tokens than the sequence has.
         """
         index = self._index(slot)
         if tokens is None:
-            tokens = self._slots.tokens(index)
-        if tokens < 0:
-            raise ValueError(f"tokens={tokens} must not be negative")
-        return self._handle(self._slots.fork(index, tokens, self._stream(stream)))
+            tokens = self._slots.kept(index)[1] or self._slots.tokens(index)
+        return self._handle(self._slots.fork(index, token_count(tokens), self._stream(stream)))
 
     def assign(
         self,
-        destinations: Int32Array | torch.Tensor | Sequence[SlotLike],
-        sources: Int32Array | torch.Tensor | Sequence[SlotLike],
+        destinations: SlotList,
+        sources: SlotList,
         *,
         stream: int | None = None,
     ) -> None:
@@ -266,7 +249,10 @@ class KVCache:
         )
 
     def trim(self) -> int:
-        """Unmaps stale pages and gives all free memory back to the device; returns those bytes."""
+        """Unmaps stale pages and gives all free memory back to the device; returns those bytes.
+
+        Pages of kept slots are stale, too: afterwards nothing is kept.
+        """
         return self._slots.trim()
 
     def mark_dirty(self, slot: SlotLike) -> None:
@@ -323,6 +309,11 @@ class KVCache:
         first = self._slots.first_token(index, self.layout.places[layer][0])
         return min(first, self._slots.tokens(index))
 
+    @property
+    def holes_readable(self) -> bool:
+        """Whether all of every slot may be read: what is not mapped there reads as zeros."""
+        return self.pool.driver.holes_are_zero()
+
     def slot_tokens(self, layer: int) -> int:
         """Tokens from one slot to the next in a layer's flat view."""
         self._check_layer(layer)
@@ -335,7 +326,7 @@ class KVCache:
         return self._slots.tokens(self._index(slot))
 
     def pages_needed(self, slot: SlotLike, tokens: int) -> int:
-        """Pages that ``ensure(slot, tokens)`` would have to find."""
+        """Pages that ``ensure(slot, tokens)`` would have to find; see :meth:`pages_needed_many`."""
         return self._slots.pages_needed(self._index(slot), tokens)
 
     def stats(self) -> CacheStats:
@@ -359,7 +350,7 @@ class KVCache:
             pages = tuple(
                 space.page_states(index, region) for region in range(len(self.layout.regions))
             )
-            slots.append(SlotMap(index, is_open, tokens, pages))
+            slots.append(SlotMap(index, is_open, tokens, pages, space.kept(index)[1]))
         return MemoryMap(self.pool.page_bytes, tuple(slots))
 
     def check(self) -> None:
@@ -372,37 +363,10 @@ class KVCache:
 
     # Arguments ------------------------------------------------------------------------------------
 
-    def _handle(self, index: int) -> Slot:
-        return Slot(self, index, self._slots.generation(index))
-
-    def _index(self, slot: SlotLike) -> int:
-        if isinstance(slot, Slot):
-            if slot._cache is not self:
-                raise ValueError(f"{slot} belongs to another cache")
-            if self._slots.generation(slot.index) != slot._generation:
-                raise ValueError(f"{slot} was released; open a new sequence")
-            return slot.index
-        index = as_integer(slot)
-        if not 0 <= index < self.max_seqs:
-            raise ValueError(f"slot {index} is not one of the {self.max_seqs} slots of this cache")
-        return index
-
-    def _slot_array(self, slots: Int32Array | torch.Tensor | Sequence[SlotLike]) -> Int32Array:
-        if isinstance(slots, (np.ndarray, torch.Tensor)):
-            return as_int32(slots)
-        return np.fromiter((self._index(s) for s in slots), dtype=np.int32)
-
     def _check_layer(self, layer: int) -> None:
         as_integer(layer)
         if not 0 <= layer < len(self.specs):
             raise ValueError(f"layer {layer} is not one of the {len(self.specs)} layers")
-
-    def _stream(self, stream: int | None) -> int:
-        if stream is not None:
-            return stream
-        if self.device.type == "cuda" and torch.cuda.is_available():
-            return int(torch.cuda.current_stream(self.device).cuda_stream)
-        return 0
 
 
 def _check_pool(

@@ -135,6 +135,7 @@ class PagePool:
     def set_budget(self, budget_bytes: int | str) -> None:
         """Moves the budget. Free and stale pages beyond it go back to the device at once.
 
+        Of the stale ones, those that free slots keep go last.
         What live sequences hold beyond the budget is given back as they end; until then nothing new
         can be mapped.
         """

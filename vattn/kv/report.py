@@ -17,6 +17,7 @@ class PageState(enum.IntEnum):
     SHARED = 2
     COVER = 3
     STALE = 4
+    KEPT = 5
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,20 @@ class CacheStats:
 
     ``live``: at least one token of an open sequence is in it. ``cover``: mapped beyond the last
     token, for kernels that read whole tiles or for growth that was prepared. ``stale``: still
-    mapped in a slot that does not use it. ``pooled``: free in the pool, which caches may share.
+    mapped in a slot that does not use it; of it ``kept``: with content that a free slot remembers.
+    ``pooled``: free in the pool, which caches may share.
     ``token_bytes``: K and V of all live tokens; with shared prefixes it can exceed ``live_bytes``.
     """
 
     open_slots: int
+    kept_slots: int
     tokens: int
     token_bytes: int
     live_bytes: int
     shared_bytes: int
     cover_bytes: int
     stale_bytes: int
+    kept_bytes: int
     scratch_bytes: int
     pooled_bytes: int
     reserved_bytes: int
@@ -47,17 +51,22 @@ class CacheStats:
     pages_recycled: int
     pages_reclaimed: int
     copied_bytes: int
+    evicted_tokens: int
     driver_calls: dict[str, int]
 
 
 @dataclass(frozen=True)
 class SlotMap:
-    """Pages of one slot: per region an array ``[runs, pages_per_run]`` of :class:`PageState`."""
+    """Pages of one slot: per region an array ``[runs, pages_per_run]`` of :class:`PageState`.
+
+    ``tokens`` is the length of an open sequence, ``kept`` what a free slot remembers.
+    """
 
     index: int
     open: bool
     tokens: int
     regions: tuple[npt.NDArray[np.uint8], ...]
+    kept: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-// Sharing between slots: fork, and the reorder of many slots at once.
+// The reorder of many slots at once, and the memory that it is staged in.
 #include <algorithm>
 #include <string>
 
@@ -39,141 +39,6 @@ void Scratch::clear() {
   pool_.driver().unmap(reservation_->base(), bytes());
   pages_.clear();
   reservation_.reset();
-}
-
-// Fork -------------------------------------------------------------------------------------------
-
-// Pages of a run that its first `tokens` tokens fill: nobody will write them again.
-std::size_t SlotSpace::full_pages(const Region& region, std::size_t tokens) const noexcept {
-  return tokens * region.spec().token_bytes / pool_->page_bytes();
-}
-
-// Bytes of the page after those: the partial tail of a run.
-std::size_t SlotSpace::tail_bytes(const Region& region, std::size_t tokens) const noexcept {
-  return tokens * region.spec().token_bytes % pool_->page_bytes();
-}
-
-// Calls visit(region, index, bytes) for the partial tail of each run of `slot` at a length.
-template <typename Visit>
-void SlotSpace::for_tails(std::size_t tokens, Visit visit) const {
-  for (const Region& region : regions_) {
-    const std::size_t bytes = tail_bytes(region, tokens);
-    if (bytes == 0) continue;
-    const auto page = static_cast<std::uint32_t>(full_pages(region, tokens));
-    for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
-      visit(region, run * region.pages_per_run() + page, bytes);
-    }
-  }
-}
-
-// What a partial tail holds, its copy holds too.
-bool SlotSpace::tails_dirty(std::uint32_t slot, std::size_t tokens) const {
-  bool dirty = false;
-  for_tails(tokens, [&](const Region& region, std::uint32_t index, std::size_t) {
-    dirty = dirty || pool_->content(region.at(slot, index)) == Content::kDirty;
-  });
-  return dirty;
-}
-
-void SlotSpace::mark_tails_dirty(std::uint32_t slot, std::size_t tokens) {
-  for_tails(tokens, [&](const Region& region, std::uint32_t index, std::size_t) {
-    pool_->set_content(region.at(slot, index), Content::kDirty);
-  });
-}
-
-// The free slot whose stale pages agree longest with the prefix of `source`, so that least is
-// remapped; among equals, the best fit.
-std::uint32_t SlotSpace::pick_for_prefix(std::uint32_t source, std::size_t tokens) const {
-  const Region& gauge = regions_.front();
-  const std::size_t full = full_pages(gauge, tokens);
-  std::uint32_t best = pick_free(tokens);
-  std::size_t best_agree = 0;
-  for (std::uint32_t i = 0; i < slots(); ++i) {
-    if (slots_[i].open) continue;
-    std::size_t agree = 0;
-    for (auto p = gauge.window(source).begin; p < full; ++p) {
-      if (gauge.at(i, p) == kNoPage || gauge.at(i, p) != gauge.at(source, p)) break;
-      ++agree;
-    }
-    if (agree > best_agree) {
-      best = i;
-      best_agree = agree;
-    }
-  }
-  return best;
-}
-
-// Plans that `slot` shares the full pages of the first `tokens` tokens of `source`.
-void SlotSpace::alias_prefix(Remap& remap, Region& region, std::uint32_t slot, std::uint32_t source,
-                             std::size_t tokens) {
-  const auto full = static_cast<std::uint32_t>(full_pages(region, tokens));
-  for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
-    for (std::uint32_t p = region.window(slot).begin; p < full; ++p) {
-      const std::uint32_t index = run * region.pages_per_run() + p;
-      remap.set(region, slot, index, region.at(source, index), Remap::Use::kShared);
-      ++totals_.pages_aliased;
-    }
-  }
-}
-
-std::uint32_t SlotSpace::fork(std::uint32_t source, std::size_t tokens, Stream stream) {
-  DeviceLock lock = enter();
-  const Slot& parent = open_slot(source);
-  if (tokens > parent.tokens) {
-    throw std::invalid_argument("fork of " + std::to_string(tokens) + " tokens, but slot " +
-                                std::to_string(source) + " holds " + std::to_string(parent.tokens));
-  }
-  const std::size_t anchor = std::min(parent.anchor, tokens);
-  const Windows wanted = windows_at(source, anchor, tokens);
-  const std::uint32_t slot = pick_for_prefix(source, tokens);
-  with_mappings(lock, [&] { fork_into(slot, source, tokens, wanted, stream, lock); });
-  Slot& child = slots_[slot];
-  child.open = true;
-  ++child.generation;
-  child.anchor = anchor;
-  child.tokens = tokens;
-  child.ready = std::max(tokens, ready_of(slot));
-  return slot;
-}
-
-void SlotSpace::fork_into(std::uint32_t slot, std::uint32_t source, std::size_t tokens,
-                          const Windows& wanted, Stream stream, DeviceLock& lock) {
-  Slot& child = slots_[slot];
-  // Not yet the pages before its own ones: what is stale there will be replaced, and may be
-  // reclaimed for that.
-  for (std::size_t i = 0; i < regions_.size(); ++i) {
-    const auto full = static_cast<std::uint32_t>(full_pages(regions_[i], tokens));
-    regions_[i].set_window(slot, {std::max(wanted[i].begin, full), wanted[i].end});
-  }
-  try {
-    if (child.fence) child.fence->order_before(stream);
-    const std::vector<Need> needs = find_needs(slot, tokens);
-    for (Region& region : regions_) {
-      const std::size_t written = tokens * region.spec().token_bytes;
-      order_after_readers(region, slot, written, stream);
-      region.clean_adopted(slot, {}, written, stream);
-    }
-    const PageRefs fresh = pool_->acquire(homes_of(needs), lock);
-    set_windows(slot, wanted);
-    Remap remap(*pool_, lost_);
-    for (Region& region : regions_) alias_prefix(remap, region, slot, source, tokens);
-    for (std::size_t i = 0; i < needs.size(); ++i) {
-      remap.set(*needs[i].region, slot, needs[i].index, fresh[i]);
-    }
-    if (remap.unmaps()) before_unmap(child);
-    remap.execute();
-    remap.clean(stream);
-    for_tails(tokens, [&](const Region& region, std::uint32_t index, std::size_t bytes) {
-      copy(region.address(slot, index), region.address(source, index), bytes, stream);
-    });
-    remap.commit();
-    if (tails_dirty(source, tokens)) mark_tails_dirty(slot, tokens);
-    totals_.pages_mapped += needs.size();
-  } catch (...) {
-    fence_off(child, stream);
-    set_windows(slot, Windows(regions_.size()));
-    throw;
-  }
 }
 
 // Reorder ----------------------------------------------------------------------------------------
@@ -263,9 +128,9 @@ std::vector<SlotSpace::Need> SlotSpace::find_move_needs(const Move& move,
       for (std::uint32_t p = std::max(window.begin, full); p < window.end; ++p) {
         const std::uint32_t index = run * region.pages_per_run() + p;
         const PageId id = region.at(move.to, index);
-        if (id == kNoPage || pool_->live(id) > 1) continue;  // found already
+        if (id == kNoPage || pool_->users(id) > 1) continue;  // found already
         if (aliased.contains(id) || !region.safe(id) || (p == full && writes_tokens)) {
-          needs.push_back({&region, move.to, index, 0, 0});
+          needs.push_back({&region, move.to, index});
         }
       }
     }
@@ -362,6 +227,7 @@ void SlotSpace::assign(std::span<const std::int32_t> destinations,
     to.anchor = move.anchor;
     to.tokens = move.tokens;
     to.ready = std::max(move.tokens, ready_of(move.to));
+    to.dirty = to.dirty || slots_[move.from].dirty;
   }
 }
 
