@@ -111,12 +111,14 @@ void Mapper::run_one(std::unique_lock<std::mutex>& lock) {
   if (s.queue.empty()) {
     s.refill = false;
     lock.unlock();
+    bool more = false;
     try {
-      pool_->refill();
+      more = pool_->refill_some();  // a job that has come meanwhile goes first
     } catch (const std::exception&) {
       // Whoever needs a page will meet the error, with a caller to tell.
     }
     lock.lock();
+    s.refill = s.refill || more;
     return;
   }
   {

@@ -265,25 +265,28 @@ std::size_t PagePool::trim(std::size_t keep_bytes, DeviceLock&) {
   return destroy_free(free_.size() - keep) * page_bytes_;
 }
 
-void PagePool::refill() {
+bool PagePool::refill_some() {
+  // In small batches, so that whoever needs a page now does not wait for all of them.
+  constexpr std::size_t kBatch = 16;
   DeviceLock guard = lock();
-  while (free_.size() < high_pages_ && created_ < budget_pages_) {
-    // In small batches, so that whoever needs a page now does not wait for all of them.
-    constexpr std::size_t kBatch = 16;
-    const std::size_t n = std::min({kBatch, high_pages_ - free_.size(), budget_pages_ - created_});
-    std::vector<PageHandle> handles(n);
-    guard.unlock();
-    bool full = false;
-    try {
-      driver_->create(handles, page_bytes_);
-    } catch (const std::exception&) {
-      full = true;  // whoever needs the page will meet the error, with a caller to tell
-    }
-    guard.lock();
-    if (full) return;
-    add_pages(handles);
-    // The budget may have been used up, or lowered, while the lock was free.
-    if (created_ > budget_pages_) destroy_free(created_ - budget_pages_);
+  if (free_.size() >= high_pages_ || created_ >= budget_pages_) return false;
+  const std::size_t n = std::min({kBatch, high_pages_ - free_.size(), budget_pages_ - created_});
+  std::vector<PageHandle> handles(n);
+  guard.unlock();
+  try {
+    driver_->create(handles, page_bytes_);
+  } catch (const std::exception&) {
+    return false;  // whoever needs the page will meet the error, with a caller to tell
+  }
+  guard.lock();
+  add_pages(handles);
+  // The budget may have been used up, or lowered, while the lock was free.
+  if (created_ > budget_pages_) destroy_free(created_ - budget_pages_);
+  return free_.size() < high_pages_ && created_ < budget_pages_;
+}
+
+void PagePool::refill() {
+  while (refill_some()) {
   }
 }
 

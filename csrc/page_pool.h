@@ -180,6 +180,8 @@ class PagePool {
 
   // Creates pages ahead of need up to the high watermark. Called by the mapper's thread.
   void refill();
+  // One batch of it; whether there is more to do.
+  bool refill_some();
   // Called, with the lock held, when free pages fall below the low watermark.
   void on_low(std::function<void()> wake);
 

@@ -241,10 +241,11 @@ class SlotSpace final : public Reclaimer {
   // Returns false if pages in use would move and may not.
   bool map_windows(std::uint32_t slot, const Windows& wanted, std::size_t written, Stream stream,
                    bool may_move, DeviceLock& lock, const std::function<void()>& fill);
+  void drop_aliases(std::uint32_t slot, const Windows& wanted, std::size_t written);
   void map_needs(std::uint32_t slot, std::span<const Need> needs, bool moves, Stream stream,
                  DeviceLock& lock, const std::function<void()>& fill);
   void copy_needs(std::span<const Need> needs, Stream stream);
-  bool moves_live(std::span<const Need> needs, const Windows& before) const;
+  bool moves_live(std::uint32_t slot, std::size_t written) const;
   std::vector<Need> find_needs(std::uint32_t slot, std::size_t write_from);
   static std::vector<Address> homes_of(std::span<const Need> needs);
   void count_adopted(std::uint32_t slot, const Windows& before, std::span<const Need> needs);

@@ -136,6 +136,7 @@ void SlotSpace::fork_into(std::uint32_t slot, std::uint32_t source, std::size_t 
                           const Windows& wanted, Stream stream, DeviceLock& lock) {
   Slot& child = slots_[slot];
   Slot& parent = slots_[source];
+  drop_aliases(slot, wanted, tokens);
   // Not yet the pages before its own ones: what is stale there will be replaced, and may be
   // reclaimed for that.
   for (std::size_t i = 0; i < regions_.size(); ++i) {

@@ -119,13 +119,18 @@ void SlotSpace::count_adopted(std::uint32_t slot, const Windows& before,
   }
 }
 
-// Whether a page that the sequence uses must be replaced.
-bool SlotSpace::moves_live(std::span<const Need> needs, const Windows& before) const {
-  return std::any_of(needs.begin(), needs.end(), [&](const Need& need) {
-    const auto r = static_cast<std::size_t>(need.region - regions_.data());
-    return need.region->at(need.slot, need.index) != kNoPage &&
-           before[r].contains(need.index % need.region->pages_per_run());
-  });
+// Whether a page that the sequence uses must be replaced before it writes from token `written` on.
+bool SlotSpace::moves_live(std::uint32_t slot, std::size_t written) const {
+  for (const Region& region : regions_) {
+    const PageWindow now = region.window(slot);
+    const auto first = static_cast<std::uint32_t>(full_pages(region, written));
+    for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
+      for (std::uint32_t p = std::max(now.begin, first); p < now.end; ++p) {
+        if (pool_->users(region.at(slot, run * region.pages_per_run() + p)) > 1) return true;
+      }
+    }
+  }
+  return false;
 }
 
 void SlotSpace::grow(std::uint32_t slot, std::size_t tokens, Stream stream, bool may_move,
@@ -144,6 +149,36 @@ void SlotSpace::grow(std::uint32_t slot, std::size_t tokens, Stream stream, bool
   }
 }
 
+// Stale mappings, in windows that the slot is about to have, of pages that others keep. They would
+// be replaced anyway, and while they counted as in use here nobody could take the pages.
+void SlotSpace::drop_aliases(std::uint32_t slot, const Windows& wanted, std::size_t written) {
+  bool waited = false;
+  for (std::size_t r = 0; r < regions_.size(); ++r) {
+    Region& region = regions_[r];
+    if (region.idle(slot) == 0) continue;
+    const PageWindow now = region.window(slot);
+    const std::uint32_t first =
+        std::max({wanted[r].begin, static_cast<std::uint32_t>(full_pages(region, written)),
+                  now.size() > 0 ? now.end : 0});
+    for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
+      const std::uint32_t base = run * region.pages_per_run();
+      for (std::uint32_t p = first; p < wanted[r].end;) {
+        std::uint32_t n = 0;
+        for (; p + n < wanted[r].end; ++n) {
+          const PageId id = region.at(slot, base + p + n);
+          if (id == kNoPage || pool_->kept(id) == 0 || pool_->live(id) > 0) break;
+        }
+        if (n > 0) {
+          if (!waited) before_unmap(slots_[slot]);
+          waited = true;
+          region.unmap_stale(slot, base + p, n);
+        }
+        p += n + 1;
+      }
+    }
+  }
+}
+
 // Gives the slot these windows, with pages of its own from token `written` on, and submits what
 // `fill` does to them. Declaring first what the sequence will use protects what is mapped there
 // already from being reclaimed for its own sake.
@@ -152,15 +187,13 @@ bool SlotSpace::map_windows(std::uint32_t slot, const Windows& wanted, std::size
                             const std::function<void()>& fill) {
   Slot& s = slots_[slot];
   const Windows before = windows(slot);
+  const bool moves = moves_live(slot, written);
+  if (moves && !may_move) return false;
+  drop_aliases(slot, wanted, written);
   set_windows(slot, wanted);
   try {
     if (s.fence) s.fence->order_before(stream);
     const std::vector<Need> needs = find_needs(slot, written);
-    const bool moves = moves_live(needs, before);
-    if (moves && !may_move) {
-      set_windows(slot, before);
-      return false;
-    }
     count_adopted(slot, before, needs);
     for (std::size_t i = 0; i < regions_.size(); ++i) {
       const std::size_t bytes = written * regions_[i].spec().token_bytes;

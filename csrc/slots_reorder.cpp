@@ -171,7 +171,10 @@ void SlotSpace::remap_moves(const std::vector<Move>& moves, bool& copied, Stream
   PagePins pins(*pool_);
   std::unordered_set<PageId> aliased;
   share_sources(moves, pins, aliased);
-  for (const Move& move : moves) set_windows(move.to, move.after);
+  for (const Move& move : moves) {
+    drop_aliases(move.to, move.after, move.tokens);
+    set_windows(move.to, move.after);
+  }
   std::vector<Need> needs;
   for (const Move& move : moves) {
     const std::vector<Need> more = find_move_needs(move, aliased);

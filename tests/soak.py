@@ -155,7 +155,9 @@ class Soak:
         elif roll < 0.08:
             self.engine.memory.reset_prefix_cache()
         elif roll < 0.12 and self.fake is not None:
-            self.fake.clear_failures()  # a second one might hit the undoing of the first
+            # A second fault might hit the undoing of the first.
+            self.engine.cache.pool.mapper.drain()
+            self.fake.clear_failures()
             self.fake.fail(
                 self.rng.choice(FAULTS), nth=self.rng.randrange(1, 30), code=OUT_OF_MEMORY
             )

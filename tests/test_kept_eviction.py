@@ -239,7 +239,7 @@ def test_mappings_of_what_another_slot_keeps_do_not_hold_it(
     else:
         assert seqs.cache.pages_needed_many([c], [90]) <= pool.core.available_pages()
         seqs.grow(c, 90)
-    assert seqs.lengths().get(b, 0) < 90
+    assert how == "assign" or seqs.lengths().get(b, 0) < 90
     seqs.check()
     seqs.end()
 

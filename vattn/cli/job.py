@@ -16,6 +16,7 @@ from vattn.cli.console import BadInput, CliError, notes, one_line
 from vattn.cli.generate import Request
 from vattn.cli.run import Run, sampling_params
 from vattn.cli.session import Session
+from vattn.engine.engine import AHEAD_BYTES
 from vattn.hf.checks import longest_sequence
 from vattn.llm import LLM
 
@@ -118,7 +119,12 @@ def open_pool(request: Request, device: torch.device, is_embedded: bool) -> vatt
     if is_embedded and device.type == "cpu":
         page_bytes = page_bytes or EMBEDDED_PAGE_BYTES
     try:
-        return vattn.PagePool(device, page_bytes=page_bytes, budget_bytes=request.budget_bytes)
+        return vattn.PagePool(
+            device,
+            page_bytes=page_bytes,
+            budget_bytes=request.budget_bytes,
+            ahead_bytes=AHEAD_BYTES[device.type],
+        )
     except ValueError as error:
         text = str(error).replace("page_bytes", "--page-bytes").replace("budget_bytes", "--budget")
         raise BadInput(text) from error

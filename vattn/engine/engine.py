@@ -33,8 +33,9 @@ _KEPT_SLOTS_PER_SEQ = 3
 _MIN_KEPT_SLOTS = 64
 _PAUSE_S = 0.001
 _SWAP_GIB = {"cpu": 0.0, "cuda": 4.0}
-# On a GPU, pages are created ahead of need: creating one costs as much as fifty mappings.
-_AHEAD_BYTES = {"cpu": 0, "cuda": 256 << 20}
+# On a GPU, pages are created ahead of need, in the background: creating one costs as much as fifty
+# mappings, and a batch that fills up wants gigabytes in a second.
+AHEAD_BYTES = {"cpu": 0, "cuda": 4 << 30}
 
 
 class Engine:
@@ -350,7 +351,7 @@ def _make_pool(device: torch.device, config: EngineConfig) -> PagePool:
         driver=driver,
         page_bytes=config.page_bytes,
         budget_bytes=_budget_bytes(config, driver),
-        ahead_bytes=_AHEAD_BYTES[device.type],
+        ahead_bytes=AHEAD_BYTES[device.type],
     )
 
 
