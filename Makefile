@@ -108,6 +108,11 @@ bench: $(STAMP_DEV)
 	mkdir -p results
 	$(BIN)/python -m bench.vmm --json results/vmm.json
 	$(BIN)/python -m bench.cache --json results/cache.json
+	$(BIN)/python -m bench.scheduler --json results/scheduler.json
+	$(BIN)/python -m bench.prefix --json results/prefix.json
+	$(BIN)/python -m bench.memory --json results/memory.json
+	$(BIN)/python -m bench.overlap --json results/overlap.json
+	$(BIN)/python -m bench.offline --json results/offline.json
 
 clean:
 	rm -rf build dist results .pytest_cache .mypy_cache .ruff_cache .hypothesis

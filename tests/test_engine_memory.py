@@ -247,6 +247,28 @@ def test_preempted_requests_come_back(swap: float, window: bool) -> None:
     finish(engine)
 
 
+@pytest.mark.parametrize("window", [False, True])
+def test_a_victim_that_was_mapped_for_the_step_is_saved_as_it_was(window: bool) -> None:
+    """What is swapped out has the length that was computed, not the one that was planned."""
+    engine = make_engine(swap_space=0.001, window=window, enable_prefix_caching=False)
+    requests = [start(engine, prompt(60, seed), 40, f"r{seed}") for seed in range(3)]
+    grow, refused = engine.memory.grow, False
+
+    def grow_then_refuse(slots: list[int], tokens: list[int]) -> bool:
+        nonlocal refused
+        done = grow(slots, tokens)
+        if refused or tokens != [65] * 3:  # a page more than the 64 tokens that are computed
+            return done
+        refused = True
+        return False
+
+    engine.memory.grow = grow_then_refuse  # type: ignore[method-assign]
+    drive(engine, *requests)
+    assert engine.stats().num_preemptions == 1
+    assert engine.stats().requests_swapped_in == 1
+    finish(engine)
+
+
 def test_swap_space_that_is_full_falls_back_to_recomputing() -> None:
     one = 100 * 256 / 2**30
     engine = make_engine(pages=40, swap_space=one, enable_prefix_caching=False)

@@ -325,13 +325,18 @@ class MemoryManager:
     def preempt(self, request: Request) -> None:
         """A request gives way: it begins again later, from what is then left of it."""
         if request.saved is None and request.status is Status.RUNNING:
+            self._cut(request)
             self._save(request)
         self._let_go(request, keep=True)
 
+    def _cut(self, request: Request) -> None:
+        """Takes back what was mapped for a step that the request is not part of."""
+        if self.cache.tokens(request.slot) > request.computed:
+            self.cache.truncate(request.slot, request.computed)
+
     def _let_go(self, request: Request, *, keep: bool) -> None:
         slot, tokens = request.slot, request.computed
-        if self.cache.tokens(slot) > tokens:
-            self.cache.truncate(slot, tokens)  # mapped for a step that it was not part of
+        self._cut(request)
         if not keep:
             self.cache.mark_dirty(slot)
         keep = keep and self.prefix_caching and tokens > 0
