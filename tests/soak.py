@@ -8,6 +8,7 @@ the end nothing may be left. `make soak` runs the long version; tests/test_soak.
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import time
 from collections import Counter
@@ -25,8 +26,17 @@ from vattn.request import Request, SamplingParams
 
 PAGES = 160  # of the budget at its largest; a full sequence needs a tenth of it
 MAX_LEN = 96
-FAULTS = ("cuMemCreate", "cuMemMap", "cuMemSetAccess", "cuMemUnmap", "cuEventRecord")
-OUT_OF_MEMORY = 2
+FAULTS = (
+    "cuMemCreate",
+    "cuMemMap",
+    "cuMemSetAccess",
+    "cuMemUnmap",
+    "cuEventRecord",
+    "cuMemcpyDtoHAsync",
+    "cuMemcpyHtoDAsync",
+    "cuMemcpyDtoDAsync",
+)
+FAULT_CODES = (2, 1)  # out of memory, invalid value
 
 
 class StepFault(RuntimeError):
@@ -59,6 +69,7 @@ class Soak:
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
         if self.kind == "cuda_fake":
+            gc.collect()  # a driver that outlived its test would give back the next one's context
             self.fake = FakeCuda(fake_library_path())
             self.fake.reset()
             self.fake.configure(granularity=65536)
@@ -159,7 +170,9 @@ class Soak:
             self.engine.cache.pool.mapper.drain()
             self.fake.clear_failures()
             self.fake.fail(
-                self.rng.choice(FAULTS), nth=self.rng.randrange(1, 30), code=OUT_OF_MEMORY
+                self.rng.choice(FAULTS),
+                nth=self.rng.randrange(1, 30),
+                code=self.rng.choice(FAULT_CODES),
             )
 
     def _judge(self, request: Request) -> None:

@@ -304,6 +304,7 @@ def step(processor: OutputProcessor, requests: Sequence[Request], tokens: Sequen
             end(each, FinishReason.STOP, token if token in each.params.stop_ids else None)
     stopped = processor.process(requests)
     for each, stop in stopped:
+        assert isinstance(stop, str)
         end(each, FinishReason.STOP, stop)
     processor.check()
     return stopped
@@ -386,7 +387,8 @@ def test_a_stop_string_at_the_last_token_wins_over_the_length() -> None:
     processor.add(each)
     each.tokens += ids("It is")
     end(each, FinishReason.LENGTH)
-    assert processor.process([each]) == []
+    assert processor.process([each]) == [(each, "is")]
+    each.finish_reason, each.stop_reason = FinishReason.STOP, "is"  # as the engine does then
     sample = one(processor, each)
     assert (sample.text, sample.finish_reason, sample.stop_reason) == ("It ", "stop", "is")
 

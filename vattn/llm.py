@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
+import numbers
+import operator
+import reprlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from vattn.engine.config import EngineConfig
 from vattn.engine.engine import Engine
 from vattn.engine.outputs import OutputKind
+from vattn.hf.attention import taken_over
 from vattn.hf.model import load_model, load_tokenizer
 from vattn.kv.pool import PagePool
 from vattn.kv.report import MemoryMap
@@ -26,7 +34,7 @@ Params: TypeAlias = "SamplingParams | Sequence[SamplingParams] | None"
 _PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt", "priority"}
 
 
-@dataclass
+@dataclass(eq=False)
 class _Asked:
     """One prompt and the requests for its samples."""
 
@@ -57,7 +65,8 @@ class LLM:
 
     Raises:
         TypeError: an option that does not exist.
-        ValueError: a value out of range, or a model that cannot be served, with the reason.
+        ValueError: a value out of range, or a model that cannot be served, with the reason. A
+            model object has its attention back.
     """
 
     def __init__(
@@ -73,14 +82,23 @@ class LLM:
         **options: Any,
     ) -> None:
         config = EngineConfig(**_known(options))
-        loaded = load_model(model, dtype=dtype, device=device, revision=revision)
-        self.tokenizer: Any = None
-        if not skip_tokenizer_init:
-            self.tokenizer = load_tokenizer(
-                model if tokenizer is None else tokenizer, revision=revision
+        if pool is not None and config.gpu_memory_utilization is not None:
+            raise ValueError(
+                f"gpu_memory_utilization={config.gpu_memory_utilization} sets the budget of a pool "
+                "that the LLM makes; the one given has its own, see PagePool.set_budget"
             )
-        self.engine = Engine(loaded, config, self.tokenizer, pool)
+        given = isinstance(model, PreTrainedModel)
+        with taken_over(model) if given else nullcontext():
+            loaded = load_model(model, dtype=dtype, device=device, revision=revision)
+            self.tokenizer: Any = None
+            if not skip_tokenizer_init:
+                self.tokenizer = load_tokenizer(
+                    model if tokenizer is None else tokenizer, revision=revision
+                )
+            self.engine = Engine(loaded, config, self.tokenizer, pool)
         self._ids = itertools.count()
+        self._steps = 0  # of all calls; tells a stream that another call has made one
+        self._closed = False
 
     @property
     def model(self) -> Any:
@@ -97,7 +115,17 @@ class LLM:
         return self.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What the model's own generation config asks for."""
+        """What the model's own generation config asks for.
+
+        Warns:
+            UserWarning: it asks for something that SamplingParams has not; it is left out.
+        """
+        if ignored := getattr(self.engine.loaded, "generation_ignored", ()):
+            warnings.warn(
+                f"the model's generation config asks for {', '.join(ignored)}, which is not served "
+                "and left out; give sampling_params to choose for yourself",
+                stacklevel=2,
+            )
         return SamplingParams(**self.engine.loaded.generation_defaults)
 
     # Generating -----------------------------------------------------------------------------------
@@ -109,6 +137,7 @@ class LLM:
         use_tqdm: bool = True,
         *,
         priority: Sequence[int] | None = None,
+        timeout_s: float | None = None,
     ) -> list[RequestOutput]:
         """Generates for all prompts at once.
 
@@ -118,28 +147,34 @@ class LLM:
             sampling_params: one for all or one for each; None for the model's own.
             use_tqdm: show progress.
             priority: one for each prompt, smaller first; needs ``scheduling_policy="priority"``.
+            timeout_s: seconds from now after which a request ends with what it has, for the reason
+                ``"deadline"``; None for no limit.
 
         Returns:
             One output per prompt, in their order. A prompt that cannot be served has the finish
             reason ``"error"`` and says why; the others are not affected.
 
         Raises:
-            ValueError: not as many parameters or priorities as prompts.
+            ValueError: not as many parameters or priorities as prompts, a ``timeout_s`` that is no
+                finite positive number, or the LLM was closed.
         """
-        asked = self._ask(prompts, sampling_params, priority)
-        total = sum(len(each.samples) for each in asked)
-        waiting = {sample.id for each in asked for sample in each.samples if not sample.finished}
-        with tqdm(total=total, disable=not use_tqdm, unit="seq", desc="Generating") as bar:
-            bar.update(total - len(waiting))
+        asked = self._ask(prompts, sampling_params, priority, timeout_s)
+        samples = {sample for each in asked for sample in each.samples}
+        waiting = list(samples)
+        with tqdm(total=len(samples), disable=not use_tqdm, unit="seq", desc="Generating") as bar:
             try:
+                self._add(asked)
                 while waiting:
-                    for request in self.engine.step():
-                        if request.finished and request.id in waiting:
-                            waiting.discard(request.id)
-                            bar.update()
+                    # Whether a request has ended is asked of itself: a step of another call may
+                    # have told its end. The last one is enough: all of them become the last.
+                    if waiting[-1].finished:
+                        waiting.pop()
+                        continue
+                    bar.update(sum(r.finished and r in samples for r in self._step()))
             except BaseException:
-                self.engine.abort(waiting)
+                self._abort(samples)
                 raise
+            bar.update(len(samples) - bar.n)
         return [self._output(each, OutputKind.CUMULATIVE) for each in asked]
 
     def stream(
@@ -149,36 +184,57 @@ class LLM:
         *,
         kind: OutputKind = OutputKind.CUMULATIVE,
         priority: Sequence[int] | None = None,
+        timeout_s: float | None = None,
     ) -> Iterator[RequestOutput]:
         """As :meth:`generate`, but gives an output whenever a prompt has new tokens.
 
         ``request_id`` tells which prompt it is of: the number of the prompt, after the last dash.
-        Leaving the loop early aborts what is not finished.
+        The requests begin with the first output that is asked for. Leaving the loop early aborts
+        what is not finished. Inside the loop, other calls may generate and stream as well: each
+        step serves the requests of all.
 
         Args:
             prompts: as for :meth:`generate`.
             sampling_params: as for :meth:`generate`.
             kind: all text so far, or only what is new.
             priority: as for :meth:`generate`.
+            timeout_s: as for :meth:`generate`, from the first output that is asked for.
+
+        Raises:
+            ValueError: as :meth:`generate`, with the first output that is asked for; right away if
+                the LLM was closed.
         """
-        asked = self._ask(prompts, sampling_params, priority)
-        of = {sample.id: each for each in asked for sample in each.samples}
-        waiting = {sample.id for each in asked for sample in each.samples if not sample.finished}
+        self._check_open()
+        return self._stream(prompts, sampling_params, kind, priority, timeout_s)
+
+    def _stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params,
+        kind: OutputKind,
+        priority: Sequence[int] | None,
+        timeout_s: float | None,
+    ) -> Iterator[RequestOutput]:
+        asked = self._ask(prompts, sampling_params, priority, timeout_s)
+        of = {sample: each for each in asked for sample in each.samples}
+        told = {sample: len(sample.tokens) for sample in of}  # those whose end was not told
         try:
+            self._add(asked)
             for each in asked:
                 if each.error is not None:
                     yield self._output(each, kind)
-            while waiting:
-                news: dict[str, _Asked] = {}
-                for request in self.engine.step():
-                    if request.id in of:
-                        news[of[request.id].id] = of[request.id]
-                        if request.finished:
-                            waiting.discard(request.id)
-                for each in news.values():
+            look: Iterable[Request] = ()
+            while told:
+                news = dict.fromkeys(of[sample] for sample in look if _has_news(sample, told))
+                for each in news:
+                    _tell(each, told)
                     yield self._output(each, kind)
+                look = list(told)
+                if any(_has_news(sample, told) for sample in look):
+                    continue
+                look = self._step()
         finally:
-            self.engine.abort(waiting)
+            self._abort(told)
 
     def chat(
         self,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,7 +38,11 @@ class EngineConfig:
         layers_per_region: see :mod:`vattn.kv.layout`.
         strict: memory that is not mapped faults when it is touched (CPU only; for tests).
         prepare_ahead: map the next step's pages in the background, and admit one step ahead.
-        seed: of requests without one.
+        seed: of requests without one; None counts as 0.
+
+    Raises:
+        ValueError: a value of another type or out of range; the message names it and what it may
+            be.
     """
 
     max_model_len: int | None = None
@@ -53,30 +60,56 @@ class EngineConfig:
     layers_per_region: int | None = None
     strict: bool = False
     prepare_ahead: bool = True
-    seed: int = 0
+    seed: int | None = 0
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_batched_tokens", "page_bytes", "layers_per_region"):
             if getattr(self, name) is not None:
-                positive_int(getattr(self, name), name, ", or None")
-        positive_int(self.max_num_seqs, "max_num_seqs")
-        share = self.gpu_memory_utilization
-        if share is not None and not 0 < share <= 1:
-            raise ValueError(f"gpu_memory_utilization={share!r} must be above 0 and at most 1")
+                self._set(name, positive_int(getattr(self, name), name, ", or None"))
+        self._set("max_num_seqs", positive_int(self.max_num_seqs, "max_num_seqs"))
+        self._check_memory()
+        self._check_choices()
+        if self.seed is None:
+            self._set("seed", 0)
+        if isinstance(self.seed, bool) or not hasattr(self.seed, "__index__"):
+            raise ValueError(f"seed={self.seed!r} must be a whole number, or None for 0")
+        self._set("seed", operator.index(self.seed))
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed!r} must be at least 0 and below 2**63")
+
+    def _check_memory(self) -> None:
+        share, swap = self.gpu_memory_utilization, self.swap_space
+        if share is not None and not (_is_number(share) and 0 < share <= 1):
+            raise ValueError(
+                f"gpu_memory_utilization={share!r} must be a number above 0 and at most 1, such as "
+                "0.9"
+            )
         if share is not None and self.kv_cache_memory_bytes is not None:
             raise ValueError("give gpu_memory_utilization or kv_cache_memory_bytes, not both")
         if self.kv_cache_memory_bytes is not None:
             parse_bytes(self.kv_cache_memory_bytes, "kv_cache_memory_bytes")
-        if self.swap_space is not None and not 0 <= self.swap_space < 2**20:
-            raise ValueError(f"swap_space={self.swap_space!r} must be a number of GiB, 0 or more")
+        if swap is not None and not (_is_number(swap) and 0 <= swap < 2**20):
+            raise ValueError(
+                f"swap_space={swap!r} must be a number of GiB without a unit, 0 or more, such as 4"
+            )
+
+    def _check_choices(self) -> None:
+        for name in ("enable_prefix_caching", "enable_chunked_prefill", "strict", "prepare_ahead"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.scheduling_policy not in ("fcfs", "priority"):
             raise ValueError(
                 f'scheduling_policy={self.scheduling_policy!r} must be "fcfs" or "priority"'
             )
+        if self.attention_backend is not None and not isinstance(self.attention_backend, str):
+            raise ValueError(
+                f"attention_backend={self.attention_backend!r} must be the name of one, or None"
+            )
         if self.order not in (None, "token", "head"):
             raise ValueError(f'order={self.order!r} must be "token" or "head"')
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed!r} must be at least 0 and below 2**63")
+
+    def _set(self, name: str, value: int) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def step_tokens(self) -> int:
@@ -84,3 +117,9 @@ class EngineConfig:
         if self.max_num_batched_tokens is not None:
             return self.max_num_batched_tokens
         return max(DEFAULT_MAX_NUM_BATCHED_TOKENS, self.max_num_seqs)
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is finite and real; True and False are not meant as numbers."""
+    number = not isinstance(value, bool) and isinstance(value, numbers.Real)
+    return number and math.isfinite(value)  # type: ignore[arg-type]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import operator
 import random
 import threading
 import time
@@ -66,13 +69,20 @@ class Engine:
         backend = choose(loaded.specs, loaded.device, config.order, name=config.attention_backend)
         if pool is None:
             pool = _make_pool(loaded.device, config)
-        elif (config.page_bytes, config.kv_cache_memory_bytes, config.strict) != (
-            None,
-            None,
-            False,
+        elif (
+            config.page_bytes
+            or config.kv_cache_memory_bytes
+            or config.strict
+            or config.gpu_memory_utilization
         ):
             raise ValueError(
-                "page_bytes, kv_cache_memory_bytes and strict belong to the pool given"
+                "page_bytes, kv_cache_memory_bytes, gpu_memory_utilization and strict belong to "
+                "the pool given"
+            )
+        if pool.device != loaded.device:
+            raise ValueError(
+                f"the pool given is on {pool.device}, and the model on {loaded.device}; make them "
+                "agree"
             )
         self.cache = _make_cache(loaded, config, self.max_model_len, backend, pool)
         swap_gib = config.swap_space
@@ -98,6 +108,7 @@ class Engine:
         self._seeds = random.Random(config.seed)
         self._inbox: list[Request | str] = []
         self._inbox_lock = threading.Lock()
+        self._samples: dict[str, list[Request]] = {}  # unfinished, by the prompt's name
         self._steps = self._prompt_tokens = self._generation_tokens = 0
 
     # Requests -------------------------------------------------------------------------------------
@@ -127,6 +138,8 @@ class Engine:
         """
         ids = self._checked_prompt(prompt_ids)
         self._check_params(params, priority)
+        if timeout_s is not None and not 0 < timeout_s < math.inf:
+            raise ValueError(f"timeout_s={timeout_s!r} must be a positive number of seconds")
         now = time.monotonic()
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         most = self.max_model_len - len(ids)
@@ -154,7 +167,12 @@ class Engine:
         return requests
 
     def _checked_prompt(self, prompt_ids: Sequence[int]) -> list[int]:
-        ids = [int(token) for token in prompt_ids]
+        try:
+            ids = [operator.index(token) for token in prompt_ids]
+        except TypeError as error:
+            raise ValueError(f"the prompt has something that is no token id: {error}") from error
+        if any(isinstance(token, bool) for token in prompt_ids):
+            raise ValueError("the prompt has True or False in it, which are no token ids")
         if not ids:
             raise ValueError("the prompt is empty; give at least one token")
         if len(ids) >= self.max_model_len:
@@ -174,6 +192,8 @@ class Engine:
             raise TypeError(f"sampling_params={params!r} is not a vattn.SamplingParams")
         if params.stop_strings and self.outputs.tokenizer is None:
             raise ValueError("stop strings need a tokenizer; use stop_token_ids")
+        if isinstance(priority, bool) or not hasattr(priority, "__index__"):
+            raise ValueError(f"priority={priority!r} must be a whole number")
         if priority and self.config.scheduling_policy != "priority":
             raise ValueError(
                 f'priority={priority} needs scheduling_policy="priority"; this engine serves first '
@@ -191,7 +211,11 @@ class Engine:
             self._inbox.append(request)
 
     def abort(self, ids: str | Iterable[str]) -> None:
-        """Ends requests with what they have; unknown and finished ones are left as they are."""
+        """Ends requests with what they have; unknown and finished ones are left as they are.
+
+        Args:
+            ids: of requests, or of prompts whose ``n`` samples are meant.
+        """
         with self._inbox_lock:
             self._inbox.extend([ids] if isinstance(ids, str) else ids)
 
@@ -208,10 +232,22 @@ class Engine:
         Returns:
             The requests with new tokens, and those that have ended for any reason.
         """
+        try:
+            return self._step()
+        except BaseException as error:
+            # Whatever was interrupted, nothing half-done is left, and no K or V that was not
+            # computed is found by the next request.
+            text = f"the engine was interrupted: {type(error).__name__}: {error}"
+            self.scheduler.lose_all(text)
+            with contextlib.suppress(DriverError):  # after a fatal one there is nothing to save
+                self.memory.lose_all()
+            raise
+
+    def _step(self) -> list[Request]:
+        news: list[Request] = []
         if self._inbox:
             self._take_inbox()
         plan = self.scheduler.schedule()
-        news: list[Request] = []
         if plan.slots:
             self._steps += 1
             news = self._run(plan)
@@ -220,6 +256,8 @@ class Engine:
             seen = set(map(id, news))
             news = news + [request for request in ended if id(request) not in seen]
             self.outputs.ended(ended)
+            for request in ended:
+                self._forget_sample(request)
         elif not plan.slots:
             time.sleep(_PAUSE_S)  # what is waiting needs pages that are in use elsewhere
         return news
@@ -228,11 +266,28 @@ class Engine:
         with self._inbox_lock:
             inbox, self._inbox = self._inbox, []
         for item in inbox:
-            if isinstance(item, Request):
-                self.scheduler.add(item)
-                self.outputs.add(item)
-            else:
+            if not isinstance(item, Request):
+                for sample in self._samples.get(item, ()):
+                    self.scheduler.abort(sample)
                 self.scheduler.abort(item)
+                continue
+            try:
+                self.outputs.add(item)
+                self.scheduler.add(item)
+            except Exception as error:  # of this request alone
+                self.outputs.ended([item])
+                self.scheduler.refuse(item, f"{type(error).__name__}: {error}")
+            else:
+                if item.params.n > 1:
+                    self._samples.setdefault(item.id.rpartition(".")[0], []).append(item)
+
+    def _forget_sample(self, request: Request) -> None:
+        name = request.id.rpartition(".")[0]
+        samples = self._samples.get(name, [])
+        if request in samples:
+            samples.remove(request)
+            if not samples:
+                del self._samples[name]
 
     def _run(self, plan: Plan) -> list[Request]:
         """Forward, sampling and bookkeeping of one step; the requests that got a token."""
@@ -244,7 +299,7 @@ class Engine:
             # The device works now. What is staged may copy what this step writes, so not earlier.
             prompt_ends = self.memory.last_prompt_tokens(plan.decodes)
             self.memory.index_prompts()
-            self.scheduler.stage()
+            self._stage()
             sampled = self.sampler.sample(logits, sampling).to_host() if sampling else None
         except DriverError as error:
             if error.fatal:
@@ -255,18 +310,33 @@ class Engine:
         self._prompt_tokens += len(input_ids) - decodes + prompt_ends
         return self._take(sampling, sampled) if sampled is not None else []
 
+    def _stage(self) -> None:
+        """Staging can wait; what the step computes is sound whatever becomes of it."""
+        try:
+            self.scheduler.stage()
+        except DriverError as error:
+            if error.fatal:
+                raise
+
     def _take(self, sampling: list[Request], sampled: Any) -> list[Request]:
         """Appends the sampled tokens and ends what is complete."""
         for row in sampled.bad_rows():
             self.scheduler.finish(
                 sampling[row],
                 FinishReason.ERROR,
-                error="the model's logits are not finite; check its weights and dtype",
+                error="no token can be sampled: the model's logits are not finite (check its "
+                "weights and dtype), or min_tokens and stop_token_ids exclude every token",
             )
         self._generation_tokens += len(sampling)
         self.scheduler.append_tokens(sampling, sampled.token_ids)
         for request, stop in self.outputs.process(sampling, sampled):
-            self.scheduler.finish(request, FinishReason.STOP, stop_reason=stop)
+            if isinstance(stop, Exception):
+                text = f"the tokenizer cannot decode its tokens: {stop}"
+                self.scheduler.finish(request, FinishReason.ERROR, error=text)
+            elif request.finished:
+                self.scheduler.restate(request, stop)
+            else:
+                self.scheduler.finish(request, FinishReason.STOP, stop_reason=stop)
         return sampling
 
     def _fail(self, plan: Plan, error: Exception) -> list[Request]:

@@ -80,50 +80,65 @@ class MemoryManager:
 
     # Admission ------------------------------------------------------------------------------------
 
-    def admit(self, request: Request) -> bool:
+    def admit(self, request: Request) -> bool | None:
         """Gives a request a slot with as many of its tokens as can be had, if all of it fits.
 
         Fits means: the pages for all tokens that it has, and for the next one, can be had beside
         those that running prefills still need.
 
         Returns:
-            Whether it has a slot now; if not, nothing has changed.
+            Whether it has a slot now; if not, nothing has changed. None if it waits for a prefix
+            that somebody is computing: then nobody needs to give way to it.
 
         Raises:
             NeverFits: the whole budget is too small for it.
         """
         total = min(len(request.tokens) + 1, request.limit)
-        while True:
-            origin = self._origin(request)
-            if self._worth_waiting(request, origin.tokens):
-                return False
-            if not self._fits(request, origin, total):
-                self._check_ever_fits(request, total)
-                return False
-            try:
-                slot = self._open(origin, total)
-            except PagesGone:
-                self.index.remove(origin.slot)  # somebody took its pages since we looked
-                continue
-            except OutOfPages:  # and OutOfSlots
-                return False
-            except DriverError as error:
-                raise _refused(error) from error
-            break
+        best = self._origin(request)
+        if self._worth_waiting(request, best.tokens):
+            return None
+        for origin in self._choices(best):
+            slot = self._try(request, origin, total)
+            if slot is not None:
+                break
+        else:
+            self._check_ever_fits(request, total)
+            return False
         self.index.remove(slot)
         self._owners[slot] = request
         self._fresh.append(request)
         request.slot, request.computed = slot, origin.tokens
-        if not self._restore(request):
-            del self._owners[slot]
-            self.cache.release(slot)
-            request.slot, request.computed = -1, 0
-            return False
+        self._restore(request)
         if not request.timings.scheduled_s:
             request.cached = min(request.computed, len(request.prompt_ids))
             self.counters.prefix_queries += len(request.prompt_ids)
             self.counters.prefix_hits += request.cached
         return True
+
+    def _choices(self, best: _Origin) -> list[_Origin]:
+        """The best place to begin from, and those to take if it needs more pages than there are.
+
+        A fork of a kept slot takes more than that slot has. Going on in its place takes less, and
+        beginning anew may take less still: what is kept then gives way to it.
+        """
+        choices = [best]
+        if best.kind == "fork" and best.slot not in self._owners:
+            choices.append(_Origin("reopen", best.slot, best.tokens))
+        if best.kind != "fresh" and not self._owners:
+            choices.append(_Origin("fresh"))  # nobody runs whose end could be waited for
+        return choices
+
+    def _try(self, request: Request, origin: _Origin, total: int) -> int | None:
+        """Opens a slot, if all of the request fits then."""
+        try:
+            return self._open(origin, total) if self._fits(request, origin, total) else None
+        except PagesGone:
+            self.index.remove(origin.slot)  # somebody has taken its pages since we looked
+        except OutOfPages:  # and OutOfSlots
+            pass
+        except DriverError as error:
+            raise _refused(error) from error
+        return None
 
     def _origin(self, request: Request) -> _Origin:
         """The best place to begin from. At least one token is left to compute, for its logits."""
@@ -231,36 +246,48 @@ class MemoryManager:
 
     # Swapping -------------------------------------------------------------------------------------
 
-    def _restore(self, request: Request) -> bool:
-        """Brings back what was swapped out, beyond what the slot holds already."""
+    def _restore(self, request: Request) -> None:
+        """Brings back what was swapped out, beyond what the slot holds already.
+
+        If that goes wrong, the rest is computed again.
+        """
         saved: Saved | None = request.saved
         if saved is None:
-            return True
-        if saved.tokens > request.computed:
-            try:
+            return
+        request.saved = None
+        try:
+            if saved.tokens > request.computed:
                 self.cache.restore(
                     request.slot, saved.tokens, saved.anchor, saved.buffer, request.computed
                 )
-            except OutOfPages:
-                return False
-            request.computed = saved.tokens
-            self.counters.swapped_in += 1
-        request.saved = None
-        self.swap.give_back(saved)
-        return True
+                request.computed = saved.tokens
+                self.counters.swapped_in += 1
+        except (OutOfPages, DriverError) as error:
+            if _is_fatal(error):
+                raise
+            self._cut(request)
+        finally:
+            self.swap.give_back(saved)
 
     def _save(self, request: Request) -> None:
-        """Copies what a preempted sequence has computed to host memory, if it has room."""
+        """Copies what a preempted sequence has computed to host memory, if it has room.
+
+        If that goes wrong, it is computed again.
+        """
         n = self.cache.saved_bytes(request.slot) if self.swap.capacity_bytes else 0
         if not self.swap.room_for(n):
             return
-        anchor = self.cache.anchor(request.slot)
-        saved = self.swap.take(n, request.computed, anchor)
+        try:
+            saved = self.swap.take(n, request.computed, self.cache.anchor(request.slot))
+        except RuntimeError:
+            return  # the system has no more memory that it could lock
         try:
             self.cache.save(request.slot, saved.buffer)
-        except BaseException:
+        except BaseException as error:
             self.swap.give_back(saved)
-            raise
+            if not isinstance(error, DriverError) or error.fatal:
+                raise
+            return
         request.saved = saved
         self.counters.swapped_out += 1
 
@@ -350,15 +377,28 @@ class MemoryManager:
     # Budget ---------------------------------------------------------------------------------------
 
     def over_budget(self) -> bool:
-        """Whether running sequences hold more than a lowered budget allows."""
-        stats = self.cache.pool.core.stats()
-        return stats["created_bytes"] > stats["budget_bytes"]
+        """Whether running sequences hold more than a lowered budget allows.
 
-    def shortage(self, request: Request) -> str:
-        """Why a request that is alone cannot go on."""
+        Other users of the pool may be those who hold too much: then it is for them to give way.
+        """
+        stats = self.cache.pool.core.stats()
+        if stats["created_bytes"] <= stats["budget_bytes"]:
+            return False
+        return self._others_bytes() == 0
+
+    def _others_bytes(self) -> int:
+        """What other users of the pool hold of it."""
+        own, pool = self.cache.stats(), self.cache.pool.stats()
+        ours = own.live_bytes + own.cover_bytes + own.stale_bytes + own.scratch_bytes
+        return max(0, pool.used_bytes - ours)
+
+    def shortage(self, request: Request) -> str | None:
+        """Why a request that is alone cannot go on; None if others hold what it lacks."""
         if self._trouble is not None:
             return f"the driver failed: {self._trouble}"
         needed = self.cache.admission_pages(min(len(request.tokens) + 1, request.limit))
+        if needed <= self._budget_pages() and self._others_bytes() > 0:
+            return None
         return (
             f"out of pages: its {len(request.tokens)} tokens need {needed} pages of "
             f"{self.cache.pool.page_bytes} bytes, and the budget of the KV cache is "
@@ -368,6 +408,17 @@ class MemoryManager:
     def set_budget(self, budget_bytes: int | str) -> None:
         """Moves the budget while running; kept prefixes go first, then requests are preempted."""
         self.cache.pool.set_budget(budget_bytes)
+
+    def lose_all(self) -> None:
+        """Gives back every slot and keeps nothing, whatever state an interruption has left."""
+        for slot in range(self.cache.max_seqs):
+            if self.cache.is_open(slot):
+                self.cache.mark_dirty(slot)
+                self.cache.release(slot)
+        self.cache.trim()
+        self.index = PrefixIndex()
+        self._owners, self._fresh, self._trouble = {}, [], None
+        self.swap = SwapSpace(self.swap.capacity_bytes, pinned=self.swap.pinned)
 
     def reset_prefix_cache(self) -> None:
         """Forgets every kept sequence; running ones go on."""
@@ -394,6 +445,10 @@ class MemoryManager:
 
 # How cheaply a prefix can be had, as the second part of a score.
 _KEPT, _RUNNING, _IN_PLACE = 0, 1, 2
+
+
+def _is_fatal(error: Exception) -> bool:
+    return isinstance(error, DriverError) and error.fatal
 
 
 def _refused(error: DriverError) -> Exception:

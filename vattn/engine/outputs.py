@@ -88,7 +88,7 @@ class OutputProcessor:
 
     def process(
         self, requests: Sequence[Request], sampled: HostSampled | None = None
-    ) -> list[tuple[Request, str]]:
+    ) -> list[tuple[Request, str | Exception]]:
         """After a step's tokens have been appended.
 
         Args:
@@ -96,10 +96,11 @@ class OutputProcessor:
             sampled: of the same rows; for log probabilities.
 
         Returns:
-            The requests whose text a stop string ends now, and which. One that had reached its
-            length with the same token is not among them: it is marked as stopped here.
+            The requests whose text a stop string ends now, and which; one of them may have reached
+            its length with the same token. Those that the tokenizer cannot turn into text have an
+            ``Exception`` in its place.
         """
-        stopped: list[tuple[Request, str]] = []
+        stopped: list[tuple[Request, str | Exception]] = []
         if not self._watched:
             return stopped
         for row, request in enumerate(requests):
@@ -110,13 +111,14 @@ class OutputProcessor:
             state: _State = request.output
             if state.text is None or not request.params.stop_strings:
                 continue
-            stop = state.text.stop or _read(request, state)
-            if stop is None or request.finish_reason is FinishReason.STOP:
+            try:
+                stop = state.text.stop or _read(request, state)
+            except Exception as error:
+                stopped.append((request, error))
                 continue
-            if request.finish_reason is FinishReason.LENGTH:
-                request.finish_reason = FinishReason.STOP
-                request.stop_reason = stop
-            elif not request.finished:
+            if stop is not None and (
+                not request.finished or request.finish_reason is FinishReason.LENGTH
+            ):
                 stopped.append((request, stop))
         return stopped
 
@@ -144,14 +146,20 @@ class OutputProcessor:
         delta = kind is OutputKind.DELTA
         logprobs = self._named(request, state)
         state.told_tokens, state.told_end = len(request.tokens) - start, request.finished
+        error = request.error
+        try:
+            text = self._text(request, state, delta)
+        except Exception as problem:  # of the tokenizer, which may be anybody's
+            text = ""
+            error = error or f"the tokenizer cannot decode its tokens: {problem}"
         return CompletionOutput(
             index=request.index,
-            text=self._text(request, state, delta),
+            text=text,
             token_ids=request.tokens[start + first * delta :],
             logprobs=None if logprobs is None else logprobs[first * delta :],
             finish_reason=None if request.finish_reason is None else request.finish_reason.value,
             stop_reason=request.stop_reason,
-            error=request.error,
+            error=error,
         )
 
     def request_output(

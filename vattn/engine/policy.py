@@ -20,14 +20,15 @@ class NeverFits(ValueError):
 class Memory(Protocol):
     """What the scheduler asks of the KV cache. Each call changes everything it says, or nothing."""
 
-    def admit(self, request: Request) -> bool:
+    def admit(self, request: Request) -> bool | None:
         """Opens a slot with what is already there: a prefix hit, a fork, or what was swapped out.
 
         Promises pages for all tokens that the request has now, and sets ``slot``, ``computed``
         (less than ``len(tokens)``) and, the first time, ``cached``.
 
         Returns:
-            False if slots or pages are short now.
+            False if slots or pages are short now. None if it should wait for what a running
+            request computes: nobody needs to give way to it.
 
         Raises:
             NeverFits: the budget is too small for it, were it alone.
@@ -63,8 +64,11 @@ class Memory(Protocol):
         """Begins to map ahead, in the background, what the next :meth:`grow` will ask for."""
         ...
 
-    def shortage(self, request: Request) -> str:
-        """Why ``request`` cannot go on, though it is alone: its pages and the budget, in words."""
+    def shortage(self, request: Request) -> str | None:
+        """Why ``request`` cannot go on, though it is alone: its pages and the budget, in words.
+
+        None if somebody outside of this scheduler holds what it lacks, so that it may wait.
+        """
         ...
 
 

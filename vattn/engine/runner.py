@@ -68,9 +68,15 @@ class ModelRunner:
         )
         keeps = self._loaded.keeps_logits
         options: dict[str, Any] = {"logits_to_keep": rows} if keeps else {}
-        with answered_by(_Layers(self._loaded, self._backend, step)):
+        layers = _Layers(self._loaded, self._backend, step)
+        with answered_by(layers):
             out = self._loaded.model(
                 input_ids=ids[None], position_ids=positions[None], use_cache=False, **options
+            )
+        if layers.calls != len(self._loaded.specs):
+            raise RuntimeError(
+                f"{layers.calls} of the model's {len(self._loaded.specs)} layers used this "
+                "engine's attention: somebody has changed the model since; make a new LLM"
             )
         logits: torch.Tensor = out.logits[0]
         return (logits if keeps else logits[rows]).float()
@@ -84,6 +90,7 @@ class _Layers:
         self._specs: list[AttentionSpec] = loaded.specs
         self._forward = backend.forward
         self._step = step
+        self.calls = 0
 
     def attend(
         self,
@@ -96,6 +103,7 @@ class _Layers:
     ) -> torch.Tensor:
         """See :class:`vattn.hf.attention.LayerCalls`."""
         assert mask is None, f"layer {module.layer_idx} of the model made a mask of its own"
+        self.calls += 1
         layer = self._layer_of[module.layer_idx]
         spec = self._specs[layer]
         out = self._forward(

@@ -94,19 +94,21 @@ class Scheduler:
         self._clock = clock
         self._order = _ORDERS[policy]
 
+        self._clear()
+        self._ended: list[Request] = []
+        self._arrivals = self._steps = self._scheduled_tokens = self._preemptions = 0
+        self._finished: Counter[str] = Counter({reason.value: 0 for reason in FinishReason})
+
+    def _clear(self) -> None:
         self._requests: dict[str, Request] = {}  # all that have not ended
         self._waiting = WaitingRoom(self._order)
         self._staged: list[Request] = []  # in order
         self._running = RunningSet(self._order)
         self._deadlines = RequestQueue()
-        self._ended: list[Request] = []
 
         self._plan: Plan | None = None  # until it is launched
         self._launched: Plan | None = None  # until its tokens have arrived
         self._barrier: int | None = None  # the smallest rank that gave way in this step
-
-        self._arrivals = self._steps = self._scheduled_tokens = self._preemptions = 0
-        self._finished: Counter[str] = Counter({reason.value: 0 for reason in FinishReason})
 
     # The policy -----------------------------------------------------------------------------------
 
@@ -178,17 +180,21 @@ class Scheduler:
         while (head := self._waiting.first()) is not None:
             if self._barrier is not None and self._rank(head) >= self._barrier:
                 return None
-            if len(self._running) < self.max_num_seqs and self._admit(head):
+            admitted = len(self._running) < self.max_num_seqs and self._admit(head)
+            if admitted:
                 return head
-            if not (head.finished or self._outrank(head)):
+            if not head.finished and (admitted is None or not self._outrank(head)):
                 return None
         return None
 
-    def _admit(self, head: Request) -> bool:
-        """Gives the head of the queue a slot; fails it if it can never have one."""
+    def _admit(self, head: Request) -> bool | None:
+        """Gives the head of the queue a slot; fails it if it can never have one.
+
+        None if it had better wait for what another one computes.
+        """
         try:
-            if not self.memory.admit(head):
-                return False
+            if not (admitted := self.memory.admit(head)):
+                return admitted
         except NeverFits as error:
             self.finish(head, FinishReason.ERROR, error=str(error))
             return False
@@ -213,7 +219,7 @@ class Scheduler:
     def _give_way(self) -> None:
         """Frees pages: the last in order of the staged, else of the running.
 
-        The only one that is left fails: nobody else holds what it lacks.
+        The only one that is left fails, unless somebody outside holds what it lacks.
         """
         if self._staged:
             self._put_back(self._staged.pop())
@@ -221,7 +227,11 @@ class Scheduler:
             self._preempt(self._running.last())
         else:
             (request,) = self._running
-            self.finish(request, FinishReason.ERROR, error=self.memory.shortage(request))
+            shortage = self.memory.shortage(request)
+            if shortage is None:
+                self._preempt(request)
+            else:
+                self.finish(request, FinishReason.ERROR, error=shortage)
 
     def _outrank(self, head: Request) -> bool:
         """Under the priority policy, preempts the last in order if ``head`` is more urgent."""
@@ -413,6 +423,31 @@ class Scheduler:
         self._ended.append(request)
         self._finished[reason.value] += 1
         return True
+
+    def refuse(self, request: Request, error: str) -> None:
+        """Ends a request that :meth:`add` did not take; it is told like the others."""
+        request.status, request.finish_reason = Status.FINISHED, FinishReason.ERROR
+        request.error = error
+        request.timings.finished_s = self._clock()
+        self._finished[FinishReason.ERROR.value] += 1
+        self._ended.append(request)
+
+    def restate(self, request: Request, stop: str) -> None:
+        """Says of one that ended by its length that the same token completed a stop string."""
+        assert request.finish_reason is FinishReason.LENGTH, request
+        request.finish_reason, request.stop_reason = FinishReason.STOP, stop
+        self._finished[FinishReason.LENGTH.value] -= 1
+        self._finished[FinishReason.STOP.value] += 1
+
+    def lose_all(self, error: str) -> None:
+        """Fails every request, whatever state an interruption has left; the memory is not asked."""
+        for request in self._requests.values():
+            request.status, request.finish_reason = Status.FINISHED, FinishReason.ERROR
+            request.error, request.slot, request.computed, request.saved = error, -1, 0, None
+            request.timings.finished_s = self._clock()
+            self._finished[FinishReason.ERROR.value] += 1
+            self._ended.append(request)
+        self._clear()
 
     def abort_all(self) -> None:
         """Ends every request."""

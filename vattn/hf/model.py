@@ -49,6 +49,30 @@ _SAMPLING = {
     "min_p": "min_p",
     "max_new_tokens": "max_tokens",
 }
+# Settings of a generation config that change its text and that SamplingParams has no name for, and
+# the value beside none, 0 and empty that asks for nothing.
+_NOT_SERVED = {
+    "repetition_penalty": 1,
+    "encoder_repetition_penalty": 1,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "stop_strings": None,
+    "guidance_scale": 1,
+    "watermarking_config": None,
+    "num_beams": 1,
+    "penalty_alpha": 0,
+    "dola_layers": None,
+}
+_NOT_SERVED_SAMPLING = {"typical_p": 1, "top_h": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
 
 
 @dataclass(frozen=True)
@@ -64,6 +88,7 @@ class LoadedModel:
         max_positions: longest sequence in tokens; None if the config does not say.
         eos_token_ids: that end a text.
         generation_defaults: what its generation config asks for, as arguments of SamplingParams.
+        generation_ignored: what else it asks for, as ``name=value``, which is not served.
     """
 
     model: Any
@@ -74,6 +99,7 @@ class LoadedModel:
     max_positions: int | None
     eos_token_ids: frozenset[int]
     generation_defaults: dict[str, Any]
+    generation_ignored: tuple[str, ...] = ()
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -189,6 +215,7 @@ def _finish(model: Any) -> LoadedModel:
         max_positions=limit,
         eos_token_ids=frozenset([ends] if isinstance(ends, int) else ends or ()),
         generation_defaults=_sampling_defaults(generation),
+        generation_ignored=_not_served(generation),
     )
 
 
@@ -202,6 +229,17 @@ def _sampling_defaults(generation: Any) -> dict[str, Any]:
         found = {name: value for name, value in found.items() if name == "max_tokens"}
         found["temperature"] = 0.0
     return found
+
+
+def _not_served(generation: Any) -> tuple[str, ...]:
+    """What a generation config asks for in vain. Greedy text has no use for how to sample."""
+    settings = dict(_NOT_SERVED)
+    if getattr(generation, "do_sample", None) is not False:
+        settings |= _NOT_SERVED_SAMPLING
+    asked = {name: getattr(generation, name, None) for name in settings}
+    return tuple(
+        f"{name}={value!r}" for name, value in asked.items() if value and value != settings[name]
+    )
 
 
 def _find_dtype(dtype: str | torch.dtype) -> torch.dtype | None:

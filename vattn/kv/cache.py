@@ -325,6 +325,10 @@ class KVCache(KeptSlots):
         """Length of a sequence."""
         return self._slots.tokens(self._index(slot))
 
+    def is_open(self, slot: int) -> bool:
+        """Whether a slot, by its index, has a sequence."""
+        return self._slots.is_open(slot)
+
     def pages_needed(self, slot: SlotLike, tokens: int) -> int:
         """Pages that ``ensure(slot, tokens)`` would have to find; see :meth:`pages_needed_many`."""
         return self._slots.pages_needed(self._index(slot), tokens)
