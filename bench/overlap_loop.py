@@ -75,7 +75,7 @@ class TimedMemory(MemoryManager):
         self.spent_s += time.perf_counter() - start
         return done
 
-    def admit(self, request: Request) -> bool:
+    def admit(self, request: Request) -> bool | None:
         start = time.perf_counter()
         done = super().admit(request)
         self.spent_s += time.perf_counter() - start

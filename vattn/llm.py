@@ -223,16 +223,21 @@ class LLM:
             for each in asked:
                 if each.error is not None:
                     yield self._output(each, kind)
-            look: Iterable[Request] = ()
+            seen = self._steps
             while told:
-                news = dict.fromkeys(of[sample] for sample in look if _has_news(sample, told))
-                for each in news:
-                    _tell(each, told)
+                fresh: list[Request] = []
+                if self._steps == seen:
+                    fresh = [sample for sample in self._step() if sample in told]
+                seen = self._steps
+                # Steps of other calls, or of the engine itself, have told them, not this call.
+                fresh = fresh or list(told)
+                for each in dict.fromkeys(of[s] for s in fresh if _has_news(s, told)):
+                    for sample in each.samples:
+                        if sample.finished:
+                            told.pop(sample, None)
+                        elif sample in told:
+                            told[sample] = len(sample.tokens)
                     yield self._output(each, kind)
-                look = list(told)
-                if any(_has_news(sample, told) for sample in look):
-                    continue
-                look = self._step()
         finally:
             self._abort(told)
 
@@ -242,6 +247,7 @@ class LLM:
         sampling_params: Params = None,
         use_tqdm: bool = True,
         *,
+        timeout_s: float | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
     ) -> list[RequestOutput]:
@@ -251,12 +257,14 @@ class LLM:
             messages: ``[{"role": "user", "content": "..."}, ...]``, or a list of such lists.
             sampling_params: as for :meth:`generate`.
             use_tqdm: as for :meth:`generate`.
+            timeout_s: as for :meth:`generate`.
             chat_template: instead of the tokenizer's own.
             add_generation_prompt: end with the beginning of the assistant's turn.
 
         Raises:
-            ValueError: no tokenizer, or no chat template.
+            ValueError: no tokenizer, or no chat template; else as :meth:`generate`.
         """
+        self._check_open()
         tokenizer = self._need_tokenizer("chat")
         if chat_template is None and getattr(tokenizer, "chat_template", None) is None:
             raise ValueError("the tokenizer has no chat template; pass chat_template, or generate")
@@ -275,30 +283,39 @@ class LLM:
             for conversation in conversations
         ]
         return self.generate(
-            [{"prompt_token_ids": ids} for ids in prompts], sampling_params, use_tqdm
+            [{"prompt_token_ids": ids} for ids in prompts],
+            sampling_params,
+            use_tqdm,
+            timeout_s=timeout_s,
         )
 
     # Memory ---------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
         """Requests, tokens and memory at this moment."""
+        self._check_open()
         return self.engine.stats()
 
     def memory_map(self) -> MemoryMap:
         """State of every page of every slot."""
+        self._check_open()
         return self.engine.cache.memory_map()
 
     def set_budget(self, budget_bytes: int | str) -> None:
         """Moves the KV cache's budget while running: kept prefixes and then requests give way."""
+        self._check_open()
         self.engine.memory.set_budget(budget_bytes)
 
     def reset_prefix_cache(self) -> None:
         """Forgets the K and V of finished requests."""
+        self._check_open()
         self.engine.memory.reset_prefix_cache()
 
     def close(self) -> None:
-        """Aborts what runs and gives the memory of the KV cache back."""
-        self.engine.close()
+        """Aborts what runs and gives the memory of the KV cache back. Twice is once."""
+        if not self._closed:
+            self._closed = True
+            self.engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -308,63 +325,96 @@ class LLM:
 
     # Requests -------------------------------------------------------------------------------------
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("this LLM was closed; make a new one")
+
+    def _step(self) -> list[Request]:
+        self._check_open()
+        self._steps += 1
+        return self.engine.step()
+
+    def _add(self, asked: Iterable[_Asked]) -> None:
+        for each in asked:
+            for sample in each.samples:
+                self.engine.add(sample)
+
+    def _abort(self, samples: Iterable[Request]) -> None:
+        if not self._closed:
+            self.engine.abort([sample.id for sample in samples if not sample.finished])
+
     def _ask(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: Params,
         priority: Sequence[int] | None,
+        timeout_s: float | None,
     ) -> list[_Asked]:
-        """Adds requests for every prompt; those that cannot be served are finished already."""
+        """Makes the requests for every prompt. Nothing runs before :meth:`_add`."""
+        self._check_open()
+        _check_timeout(timeout_s)
         many = _as_prompts(prompts)
         params = _one_each(sampling_params, len(many), "sampling_params")
-        default = None if all(params) else self.get_default_sampling_params()
-        priorities = _one_each(priority if priority is not None else 0, len(many), "priority")
+        default: Any = None
+        if any(each is None for each in params):
+            default = self.get_default_sampling_params()
+        priorities = _one_each(0 if priority is None else priority, len(many), "priority")
         batch = next(self._ids)
         return [
-            self._ask_one(f"{batch}-{number}", prompt, each or default, urgency)
+            self._ask_one(
+                f"{batch}-{number}", prompt, default if each is None else each, urgency, timeout_s
+            )
             for number, (prompt, each, urgency) in enumerate(
                 zip(many, params, priorities, strict=True)
             )
         ]
 
-    def _ask_one(self, name: str, prompt: Prompt, params: Any, priority: int) -> _Asked:
+    def _ask_one(
+        self, name: str, prompt: Prompt, params: Any, priority: Any, timeout_s: float | None
+    ) -> _Asked:
         text: str | None = None
         ids: list[int] = []
         try:
             text, ids, salt, priority = self._parse(prompt, priority)
             samples = self.engine.make_requests(
-                name, ids, params, priority=priority, cache_salt=salt
+                name, ids, params, priority=priority, cache_salt=salt, timeout_s=timeout_s
             )
-        except (ValueError, TypeError) as error:
-            return _Asked(name, text, ids, [], f"prompt {name.rpartition('-')[2]}: {error}")
-        for sample in samples:
-            self.engine.add(sample)
+        except Exception as error:  # whatever a prompt or a tokenizer raises is of this prompt only
+            expected = isinstance(error, (ValueError, TypeError))
+            what = str(error) if expected else f"{type(error).__name__}: {error}"
+            return _Asked(name, text, ids, [], f"prompt {name.rpartition('-')[2]}: {what}")
         return _Asked(name, text, ids, samples)
 
-    def _parse(self, prompt: Any, priority: int) -> tuple[str | None, list[int], str, int]:
+    def _parse(self, prompt: Any, priority: Any) -> tuple[str | None, list[int], str, int]:
         """Text, token ids, salt and priority of a prompt.
 
         Raises:
-            ValueError, TypeError: it is not one.
+            ValueError: it is not one.
+            Exception: whatever the tokenizer raises.
         """
         salt = ""
         if isinstance(prompt, Mapping):
+            given = {key: value for key, value in prompt.items() if value is not None}
             if unknown := set(prompt) - _PROMPT_KEYS:
-                raise ValueError(f"a prompt has no {sorted(unknown)}; use {sorted(_PROMPT_KEYS)}")
-            if ("prompt" in prompt) == ("prompt_token_ids" in prompt):
+                raise ValueError(
+                    f"a prompt has no {sorted(map(str, unknown))}; use {sorted(_PROMPT_KEYS)}"
+                )
+            if ("prompt" in given) == ("prompt_token_ids" in given):
                 raise ValueError("a prompt needs one of prompt and prompt_token_ids")
-            salt = prompt.get("cache_salt", "")
+            salt, priority = given.get("cache_salt", ""), given.get("priority", priority)
             if not isinstance(salt, str):
                 raise ValueError(f"cache_salt={salt!r} must be a string")
-            priority = prompt.get("priority", priority)
-            prompt = prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"]
+            prompt = given["prompt"] if "prompt" in given else given["prompt_token_ids"]
+            _check_key("prompt" in given, prompt)
+        if not _is_integer(priority):
+            raise ValueError(f"priority={reprlib.repr(priority)} must be a whole number")
+        priority = operator.index(priority)
         if isinstance(prompt, str):
             if not prompt:
                 raise ValueError("the prompt is empty; give some text")
-            return prompt, self._need_tokenizer("a text prompt").encode(prompt), salt, priority
-        if not isinstance(prompt, Iterable):
-            raise ValueError(f"{prompt!r} is no prompt; give text, token ids or a dictionary")
-        return None, list(prompt), salt, priority
+            ids = self._need_tokenizer("a text prompt").encode(prompt)
+            return prompt, _token_ids(ids), salt, priority
+        return None, _token_ids(prompt), salt, priority
 
     def _need_tokenizer(self, what: str) -> Any:
         if self.tokenizer is None:
@@ -389,18 +439,90 @@ def _known(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _as_prompts(prompts: Any) -> list[Prompt]:
-    if isinstance(prompts, (str, Mapping)):
+def _as_prompts(prompts: Any) -> list[Any]:
+    """One prompt, or many, as a list of prompts.
+
+    Raises:
+        ValueError: neither.
+    """
+    if isinstance(prompts, (str, bytes, bytearray, Mapping)):
         return [prompts]
+    if not isinstance(prompts, Iterable) or getattr(prompts, "ndim", 1) == 0:
+        raise ValueError(f"prompts={reprlib.repr(prompts)} must be a prompt, or many in a list")
     many = list(prompts)
-    if many and all(hasattr(item, "__index__") for item in many):
+    if getattr(prompts, "ndim", 0) == 1 and not any(
+        isinstance(item, (str, Mapping)) for item in many
+    ):
+        return [prompts]  # an array or a tensor of token ids
+    if many and all(map(_is_integer, many)):
         return [many]
     return many
 
 
+def _is_integer(value: Any) -> bool:
+    """Whether it is one number; arrays and tensors with one element say that they are, too."""
+    if isinstance(value, bool) or getattr(value, "ndim", 0) != 0:
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _token_ids(given: Any) -> list[int]:
+    """Token ids in any form as plain integers.
+
+    Raises:
+        ValueError: they are not token ids.
+    """
+    if isinstance(given, (str, bytes, bytearray, Mapping)) or not isinstance(given, Iterable):
+        raise ValueError(
+            f"{reprlib.repr(given)} is no prompt; give text, token ids or a dictionary"
+        )
+    if getattr(given, "ndim", 1) != 1:
+        raise ValueError(
+            f"a prompt of shape {tuple(getattr(given, 'shape', ()))} has not one dimension; give "
+            "one row of token ids for each prompt"
+        )
+    ids = given.tolist() if hasattr(given, "tolist") else list(given)
+    if set(map(type, ids)) <= {int}:
+        return ids
+    for token in ids:
+        if not _is_integer(token):
+            raise ValueError(f"{reprlib.repr(token)} is no token id; give whole numbers")
+    return [operator.index(token) for token in ids]
+
+
+def _check_key(is_text: bool, prompt: Any) -> None:
+    if is_text and not isinstance(prompt, str):
+        raise ValueError(
+            f"prompt={reprlib.repr(prompt)} is no text; give token ids as prompt_token_ids"
+        )
+    if not is_text and isinstance(prompt, str):
+        raise ValueError(f"prompt_token_ids={reprlib.repr(prompt)} is text; give it as prompt")
+
+
+def _check_timeout(timeout_s: Any) -> None:
+    if timeout_s is None:
+        return
+    number = isinstance(timeout_s, numbers.Real) and not isinstance(timeout_s, bool)
+    if not number or not math.isfinite(timeout_s) or timeout_s <= 0:
+        raise ValueError(
+            f"timeout_s={timeout_s!r} must be a finite number of seconds above 0, or None for no "
+            "limit"
+        )
+
+
 def _one_each(values: Any, n: int, name: str) -> list[Any]:
-    if isinstance(values, Sequence):
-        if len(values) != n:
-            raise ValueError(f"{len(values)} {name} for {n} prompts; give one for each, or one")
-        return list(values)
-    return [values] * n
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        return [values] * n
+    each = values.tolist() if hasattr(values, "tolist") else list(values)
+    if len(each) != n:
+        raise ValueError(f"{len(each)} {name} for {n} prompts; give one for each, or one")
+    return each
+
+
+def _has_news(sample: Request, told: Mapping[Request, int]) -> bool:
+    """Whether a request has tokens, or an end, that were not told."""
+    return sample in told and (sample.finished or len(sample.tokens) != told[sample])

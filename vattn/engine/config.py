@@ -69,13 +69,12 @@ class EngineConfig:
         self._set("max_num_seqs", positive_int(self.max_num_seqs, "max_num_seqs"))
         self._check_memory()
         self._check_choices()
-        if self.seed is None:
-            self._set("seed", 0)
-        if isinstance(self.seed, bool) or not hasattr(self.seed, "__index__"):
-            raise ValueError(f"seed={self.seed!r} must be a whole number, or None for 0")
-        self._set("seed", operator.index(self.seed))
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed!r} must be at least 0 and below 2**63")
+        seed = 0 if self.seed is None else self.seed
+        if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+            raise ValueError(f"seed={seed!r} must be a whole number, or None for 0")
+        self._set("seed", operator.index(seed))
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed={seed!r} must be at least 0 and below 2**63")
 
     def _check_memory(self) -> None:
         share, swap = self.gpu_memory_utilization, self.swap_space

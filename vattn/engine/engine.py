@@ -376,6 +376,8 @@ class Engine:
 
     def close(self) -> None:
         """Aborts what runs and gives the memory of the KV cache back."""
+        if self._inbox:
+            self._take_inbox()
         self.scheduler.abort_all()
         self.cache.close()
 
