@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import math
-import numbers
-import operator
-import reprlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,6 +18,7 @@ from transformers import PreTrainedModel
 from vattn.engine.config import EngineConfig
 from vattn.engine.engine import Engine
 from vattn.engine.outputs import OutputKind
+from vattn.engine.prompts import Prompt, as_prompts, check_timeout, one_each, parse_prompt
 from vattn.hf.attention import taken_over
 from vattn.hf.model import load_model, load_tokenizer
 from vattn.kv.pool import PagePool
@@ -29,9 +26,7 @@ from vattn.kv.report import MemoryMap
 from vattn.metrics import EngineStats
 from vattn.request import Request, RequestOutput, SamplingParams
 
-Prompt: TypeAlias = "str | Sequence[int] | Mapping[str, Any]"
 Params: TypeAlias = "SamplingParams | Sequence[SamplingParams] | None"
-_PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt", "priority"}
 
 
 @dataclass(eq=False)
@@ -352,13 +347,13 @@ class LLM:
     ) -> list[_Asked]:
         """Makes the requests for every prompt. Nothing runs before :meth:`_add`."""
         self._check_open()
-        _check_timeout(timeout_s)
-        many = _as_prompts(prompts)
-        params = _one_each(sampling_params, len(many), "sampling_params")
+        check_timeout(timeout_s)
+        many = as_prompts(prompts)
+        params = one_each(sampling_params, len(many), "sampling_params")
         default: Any = None
         if any(each is None for each in params):
             default = self.get_default_sampling_params()
-        priorities = _one_each(0 if priority is None else priority, len(many), "priority")
+        priorities = one_each(0 if priority is None else priority, len(many), "priority")
         batch = next(self._ids)
         return [
             self._ask_one(
@@ -375,7 +370,9 @@ class LLM:
         text: str | None = None
         ids: list[int] = []
         try:
-            text, ids, salt, priority = self._parse(prompt, priority)
+            text, ids, salt, priority = parse_prompt(
+                prompt, priority, lambda text: self._need_tokenizer("a text prompt").encode(text)
+            )
             samples = self.engine.make_requests(
                 name, ids, params, priority=priority, cache_salt=salt, timeout_s=timeout_s
             )
@@ -384,37 +381,6 @@ class LLM:
             what = str(error) if expected else f"{type(error).__name__}: {error}"
             return _Asked(name, text, ids, [], f"prompt {name.rpartition('-')[2]}: {what}")
         return _Asked(name, text, ids, samples)
-
-    def _parse(self, prompt: Any, priority: Any) -> tuple[str | None, list[int], str, int]:
-        """Text, token ids, salt and priority of a prompt.
-
-        Raises:
-            ValueError: it is not one.
-            Exception: whatever the tokenizer raises.
-        """
-        salt = ""
-        if isinstance(prompt, Mapping):
-            given = {key: value for key, value in prompt.items() if value is not None}
-            if unknown := set(prompt) - _PROMPT_KEYS:
-                raise ValueError(
-                    f"a prompt has no {sorted(map(str, unknown))}; use {sorted(_PROMPT_KEYS)}"
-                )
-            if ("prompt" in given) == ("prompt_token_ids" in given):
-                raise ValueError("a prompt needs one of prompt and prompt_token_ids")
-            salt, priority = given.get("cache_salt", ""), given.get("priority", priority)
-            if not isinstance(salt, str):
-                raise ValueError(f"cache_salt={salt!r} must be a string")
-            prompt = given["prompt"] if "prompt" in given else given["prompt_token_ids"]
-            _check_key("prompt" in given, prompt)
-        if not _is_integer(priority):
-            raise ValueError(f"priority={reprlib.repr(priority)} must be a whole number")
-        priority = operator.index(priority)
-        if isinstance(prompt, str):
-            if not prompt:
-                raise ValueError("the prompt is empty; give some text")
-            ids = self._need_tokenizer("a text prompt").encode(prompt)
-            return prompt, _token_ids(ids), salt, priority
-        return None, _token_ids(prompt), salt, priority
 
     def _need_tokenizer(self, what: str) -> Any:
         if self.tokenizer is None:
@@ -437,90 +403,6 @@ def _known(options: dict[str, Any]) -> dict[str, Any]:
             hint = f"; did you mean {close[0]}?" if close else ""
             raise TypeError(f"LLM() has no option {name!r}{hint}")
     return options
-
-
-def _as_prompts(prompts: Any) -> list[Any]:
-    """One prompt, or many, as a list of prompts.
-
-    Raises:
-        ValueError: neither.
-    """
-    if isinstance(prompts, (str, bytes, bytearray, Mapping)):
-        return [prompts]
-    if not isinstance(prompts, Iterable) or getattr(prompts, "ndim", 1) == 0:
-        raise ValueError(f"prompts={reprlib.repr(prompts)} must be a prompt, or many in a list")
-    many = list(prompts)
-    if getattr(prompts, "ndim", 0) == 1 and not any(
-        isinstance(item, (str, Mapping)) for item in many
-    ):
-        return [prompts]  # an array or a tensor of token ids
-    if many and all(map(_is_integer, many)):
-        return [many]
-    return many
-
-
-def _is_integer(value: Any) -> bool:
-    """Whether it is one number; arrays and tensors with one element say that they are, too."""
-    if isinstance(value, bool) or getattr(value, "ndim", 0) != 0:
-        return False
-    try:
-        operator.index(value)
-    except TypeError:
-        return False
-    return True
-
-
-def _token_ids(given: Any) -> list[int]:
-    """Token ids in any form as plain integers.
-
-    Raises:
-        ValueError: they are not token ids.
-    """
-    if isinstance(given, (str, bytes, bytearray, Mapping)) or not isinstance(given, Iterable):
-        raise ValueError(
-            f"{reprlib.repr(given)} is no prompt; give text, token ids or a dictionary"
-        )
-    if getattr(given, "ndim", 1) != 1:
-        raise ValueError(
-            f"a prompt of shape {tuple(getattr(given, 'shape', ()))} has not one dimension; give "
-            "one row of token ids for each prompt"
-        )
-    ids = given.tolist() if hasattr(given, "tolist") else list(given)
-    if set(map(type, ids)) <= {int}:
-        return ids
-    for token in ids:
-        if not _is_integer(token):
-            raise ValueError(f"{reprlib.repr(token)} is no token id; give whole numbers")
-    return [operator.index(token) for token in ids]
-
-
-def _check_key(is_text: bool, prompt: Any) -> None:
-    if is_text and not isinstance(prompt, str):
-        raise ValueError(
-            f"prompt={reprlib.repr(prompt)} is no text; give token ids as prompt_token_ids"
-        )
-    if not is_text and isinstance(prompt, str):
-        raise ValueError(f"prompt_token_ids={reprlib.repr(prompt)} is text; give it as prompt")
-
-
-def _check_timeout(timeout_s: Any) -> None:
-    if timeout_s is None:
-        return
-    number = isinstance(timeout_s, numbers.Real) and not isinstance(timeout_s, bool)
-    if not number or not math.isfinite(timeout_s) or timeout_s <= 0:
-        raise ValueError(
-            f"timeout_s={timeout_s!r} must be a finite number of seconds above 0, or None for no "
-            "limit"
-        )
-
-
-def _one_each(values: Any, n: int, name: str) -> list[Any]:
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        return [values] * n
-    each = values.tolist() if hasattr(values, "tolist") else list(values)
-    if len(each) != n:
-        raise ValueError(f"{len(each)} {name} for {n} prompts; give one for each, or one")
-    return each
 
 
 def _has_news(sample: Request, told: Mapping[Request, int]) -> bool:
