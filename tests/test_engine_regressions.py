@@ -75,8 +75,9 @@ def test_a_model_whose_attention_was_changed_is_noticed() -> None:
         assert "make a new LLM" in str(output.outputs[0].error)
 
 
+@pytest.mark.parametrize("kind", [vattn.DriverError, vattn.OutOfPages])
 @pytest.mark.parametrize("call", ["save", "restore"])
-def test_a_failed_swap_is_computed_again(call: str) -> None:
+def test_a_failed_swap_is_computed_again(call: str, kind: Any) -> None:
     """The request was lost, and its slot with it."""
     engine = make_engine(pages=40, swap_space=0.001, enable_prefix_caching=False)
     real = getattr(engine.cache, call)
@@ -85,7 +86,7 @@ def test_a_failed_swap_is_computed_again(call: str) -> None:
     def fail(*arguments: Any) -> None:
         if len(failed) < 2:
             failed.append(call)
-            error = vattn.DriverError("copy failed")
+            error = kind("copy failed")
             error.fatal = False
             raise error
         real(*arguments)

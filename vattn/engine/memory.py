@@ -285,7 +285,7 @@ class MemoryManager:
             self.cache.save(request.slot, saved.buffer)
         except BaseException as error:
             self.swap.give_back(saved)
-            if not isinstance(error, DriverError) or error.fatal:
+            if not isinstance(error, (OutOfPages, DriverError)) or _is_fatal(error):
                 raise
             return
         request.saved = saved
