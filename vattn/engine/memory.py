@@ -43,7 +43,6 @@ class MemoryCounters:
     prefix_hits: int = 0
     reopened: int = 0
     forked: int = 0
-    fresh: int = 0
     swapped_out: int = 0
     swapped_in: int = 0
 
@@ -241,7 +240,6 @@ class MemoryManager:
             self.counters.forked += 1
         else:
             slot = self.cache.open(expected_tokens=total)
-            self.counters.fresh += 1
         return int(slot)
 
     # Swapping -------------------------------------------------------------------------------------
