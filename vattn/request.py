@@ -196,9 +196,10 @@ class Logprob:
 class Request:
     """One sample of one prompt: what the scheduler schedules.
 
-    Three integers say how far it is, ``cached <= computed <= len(tokens)``; everything else about
-    its progress is derived. ``computed`` tokens have their K and V in the slot as soon as the steps
-    that were launched are done. A request that decodes has one token that is not computed.
+    Four integers say how far it is, ``cached <= computed <= length = len(tokens) + in_flight``;
+    everything else about its progress is derived. ``computed`` tokens have their K and V in the
+    slot as soon as the steps that were launched are done; ``in_flight`` tokens are sampled by such
+    steps and have not arrived. A request that decodes has one token that is not computed.
     """
 
     id: str
@@ -215,6 +216,7 @@ class Request:
 
     tokens: list[int] = field(default_factory=list)  # prompt and output
     computed: int = 0
+    in_flight: int = 0
     cached: int = 0  # prompt tokens that the first admission found in the cache
     slot: int = -1
     saved: Any = None  # what the memory manager swapped out
@@ -233,9 +235,14 @@ class Request:
             self.tokens = list(self.prompt_ids)
 
     @property
+    def length(self) -> int:
+        """Tokens, those included that are sampled and have not arrived."""
+        return len(self.tokens) + self.in_flight
+
+    @property
     def uncomputed(self) -> int:
         """Tokens whose K and V are still to be computed."""
-        return len(self.tokens) - self.computed
+        return len(self.tokens) + self.in_flight - self.computed
 
     @property
     def output_ids(self) -> list[int]:
@@ -249,7 +256,8 @@ class Request:
 
     def check(self) -> None:
         """Verifies the order of its integers."""
-        assert 0 <= self.computed <= len(self.tokens) <= self.limit, self
+        assert 0 <= self.computed <= self.length <= self.limit, self
+        assert self.in_flight >= 0, self
         assert self.tokens[: len(self.prompt_ids)] == self.prompt_ids, self
         assert (self.finish_reason is None) == (self.status is not Status.FINISHED), self
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vattn.attention.upload import Uploader
 from vattn.kv.cache import KVCache
 from vattn.kv.layout import Order
 
@@ -51,8 +52,10 @@ class Step:
         kv_lens: int32 ``[S]``, tokens in the slot, the new ones included.
         num_decodes: how many of the S are decodes.
 
-    A backend's ``prepare`` leaves what it needs in ``write_slots``, ``write_positions`` (int64
-    ``[T]`` on the device) and ``plan``.
+        upload: moves small arrays to the device.
+
+    A backend's ``prepare`` leaves what it needs in ``write_slots``, ``write_positions`` (int32 or
+    int64 ``[T]`` on the device) and ``plan``.
     """
 
     cache: KVCache
@@ -60,9 +63,14 @@ class Step:
     query_lens: Int32
     kv_lens: Int32
     num_decodes: int
+    upload: Uploader = field(default=None)  # type: ignore[assignment]  # made for the cache's device
     write_slots: torch.Tensor | None = None
     write_positions: torch.Tensor | None = None
     plan: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.upload is None:
+            self.upload = Uploader(self.cache.device)
 
     @property
     def tokens(self) -> int:
@@ -92,6 +100,8 @@ class Backend(Protocol):
     kv_tile_tokens: tuple[int, ...]
     # The layout it needs; None for any.
     order: Order | None
+    # Whether decodes may be captured in a CUDA graph: see vattn.engine.graphs.
+    graphs: bool
 
     def refusal(self, spec: AttentionSpec, device: torch.device) -> str | None:
         """Why it cannot serve a layer on a device; None if it can."""
@@ -134,10 +144,8 @@ class UnsupportedAttention(ValueError):
 
 def prepare_append(step: Step) -> None:
     """Fills in where the new K and V go."""
-    device = step.cache.device
     slots = np.repeat(step.slots, step.query_lens).astype(np.int64)
-    step.write_slots = torch.from_numpy(slots).to(device, non_blocking=True)
-    step.write_positions = torch.from_numpy(step.positions()).to(device, non_blocking=True)
+    step.write_slots, step.write_positions = step.upload(slots, step.positions())
 
 
 def append(

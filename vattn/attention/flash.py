@@ -14,42 +14,16 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Self
 
-import numpy as np
 import torch
 
-from vattn.attention.base import AttentionSpec, Int32, Step, append, prepare_append
+from vattn.attention.base import AttentionSpec, Step, append, prepare_append
+from vattn.attention.flash_calls import Call, step_calls
 from vattn.kv.layout import Order
 
 _HALVES = (torch.float16, torch.bfloat16)
 _MOST_HEAD_DIM = 256
-
-
-@dataclass(frozen=True)
-class Call:
-    """The sequences of one kernel call, as int32 tensors on the device.
-
-    Args:
-        rows: of the packed batch.
-        decodes: one query each.
-        slots: ``[n]``.
-        kv_lens: ``[n]``, tokens in each slot.
-        query_starts: ``[n + 1]``, where each sequence's queries begin in ``rows``.
-        kv_starts: per number of tokens in a slot, ``[n + 1]``: where each begins in the flat view.
-            The last entry is where the last sequence ends.
-        longest_query, longest_kv: of the sequences.
-    """
-
-    rows: slice
-    decodes: bool
-    slots: torch.Tensor
-    kv_lens: torch.Tensor
-    query_starts: torch.Tensor
-    kv_starts: dict[int, torch.Tensor]
-    longest_query: int
-    longest_kv: int
 
 
 class FlashBackend(abc.ABC):
@@ -61,6 +35,7 @@ class FlashBackend(abc.ABC):
 
     name: str
     order: Order | None = "token"
+    graphs = True
     # Compute capabilities that the kernel is built for, by major version; None for 8 and above.
     architectures: Collection[int] | None = None
     has_softcap = True
@@ -136,7 +111,7 @@ class FlashBackend(abc.ABC):
         """Moves slots and lengths to the device, in one transfer."""
         del specs
         prepare_append(step)
-        step.plan["calls"] = _calls(step)
+        step.plan["calls"] = step_calls(step)
 
     def forward(
         self,
@@ -187,48 +162,3 @@ def with_sinks(
     by_token = lse if head_dim_of_lse else lse.transpose(0, 1)
     share = torch.sigmoid(by_token - sinks.float())
     return (out * share.unsqueeze(-1)).to(out.dtype)
-
-
-def _calls(step: Step) -> list[Call]:
-    """The decodes and the chunks of a step."""
-    sizes = sorted({region.slot_tokens for region in step.cache.layout.regions})
-    decodes, sequences = step.num_decodes, len(step.slots)
-    parts = [(0, decodes, 0), (decodes, sequences, decodes)]
-    arrays: list[Int32] = []
-    for first, last, _ in parts:
-        slots, kv_lens = step.slots[first:last], step.kv_lens[first:last]
-        starts = np.concatenate([[0], np.cumsum(step.query_lens[first:last])])
-        arrays += [slots, kv_lens, starts.astype(np.int32)]
-        arrays += [_kv_starts(slots, kv_lens, size) for size in sizes]
-    # One copy to the device; the parts are views of it.
-    packed = torch.from_numpy(np.concatenate(arrays).astype(np.int32, copy=False))
-    moved = packed.to(step.cache.device, non_blocking=True)
-    tensors = list(torch.split(moved, [len(array) for array in arrays]))
-    calls, each = [], 3 + len(sizes)
-    for i, (first, last, row) in enumerate(parts):
-        if first == last:
-            continue
-        slots_, kv_lens_, starts_, *kv_starts = tensors[i * each : (i + 1) * each]
-        lens = step.query_lens[first:last]
-        calls.append(
-            Call(
-                rows=slice(row, row + int(lens.sum())),
-                decodes=i == 0,
-                slots=slots_,
-                kv_lens=kv_lens_,
-                query_starts=starts_,
-                kv_starts=dict(zip(sizes, kv_starts, strict=True)),
-                longest_query=int(lens.max()),
-                longest_kv=int(step.kv_lens[first:last].max()),
-            )
-        )
-    return calls
-
-
-def _kv_starts(slots: Int32, kv_lens: Int32, slot_tokens: int) -> Int32:
-    """Where slots begin in the flat view. With lengths given, kernels take any order of these."""
-    starts = np.zeros(len(slots) + 1, np.int32)
-    starts[:-1] = slots * np.int32(slot_tokens)
-    if len(slots):
-        starts[-1] = starts[-2] + kv_lens[-1]
-    return starts

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from vattn.attention.base import AttentionSpec
-from vattn.attention.flash import Call, FlashBackend, window_sizes, with_sinks
+from vattn.attention.flash import FlashBackend, window_sizes, with_sinks
+from vattn.attention.flash_calls import Call
 from vattn.attention.operators import Kernel, bind, library_operator, python_function
 
 _PACKAGE = (

@@ -44,6 +44,7 @@ class SdpaBackend:
 
     name = "sdpa"
     order: Order | None = None
+    graphs = False  # which slots share a call is decided step by step
 
     def __init__(self, tile_tokens: int = 1) -> None:
         self.kv_tile_tokens: tuple[int, ...] = (tile_tokens,)

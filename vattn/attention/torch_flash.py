@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import torch
 
 from vattn.attention.base import AttentionSpec
-from vattn.attention.flash import Call, FlashBackend, flat, window_sizes, with_sinks
+from vattn.attention.flash import FlashBackend, flat, window_sizes, with_sinks
 from vattn.attention.flash_attn import flash2_tiles
+from vattn.attention.flash_calls import Call
 from vattn.attention.operators import Kernel, bind
 
 _PASSED = (

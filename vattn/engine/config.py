@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from vattn.config import parse_bytes, positive_int
 
 Policy = Literal["fcfs", "priority"]
+_BOOLEANS = (
+    "enable_prefix_caching",
+    "enable_chunked_prefill",
+    "strict",
+    "prepare_ahead",
+    "enforce_eager",
+)
 DEFAULT_MAX_NUM_SEQS = 256
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 8192
 
@@ -37,6 +45,13 @@ class EngineConfig:
         order: layout of the KV cache; None for what the backend and the device do best.
         layers_per_region: see :mod:`vattn.kv.layout`.
         strict: memory that is not mapped faults when it is touched (CPU only; for tests).
+        enforce_eager: no CUDA graphs and no compiled model: every kernel is launched by itself.
+        cudagraph_capture_sizes: numbers of decoding sequences for which CUDA graphs are captured;
+            None for a table up to ``max_num_seqs``.
+        compile_model: the model around its attention goes through ``torch.compile``; None for what
+            was measured to be faster on the device.
+        async_scheduling: the next step is scheduled and launched before the tokens of the last one
+            have arrived; None for yes on a GPU and no on a CPU, where nothing runs beside it.
         prepare_ahead: map the next step's pages in the background, and admit one step ahead.
         seed: of requests without one; None counts as 0.
 
@@ -59,6 +74,10 @@ class EngineConfig:
     order: Literal["token", "head"] | None = None
     layers_per_region: int | None = None
     strict: bool = False
+    enforce_eager: bool = False
+    cudagraph_capture_sizes: Sequence[int] | None = None
+    compile_model: bool | None = None
+    async_scheduling: bool | None = None
     prepare_ahead: bool = True
     seed: int | None = 0
 
@@ -93,9 +112,12 @@ class EngineConfig:
             )
 
     def _check_choices(self) -> None:
-        for name in ("enable_prefix_caching", "enable_chunked_prefill", "strict", "prepare_ahead"):
+        for name in _BOOLEANS:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        for name in ("compile_model", "async_scheduling"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True, False or None")
         if self.scheduling_policy not in ("fcfs", "priority"):
             raise ValueError(
                 f'scheduling_policy={self.scheduling_policy!r} must be "fcfs" or "priority"'
@@ -106,6 +128,27 @@ class EngineConfig:
             )
         if self.order not in (None, "token", "head"):
             raise ValueError(f'order={self.order!r} must be "token" or "head"')
+        self._check_graphs()
+
+    def _check_graphs(self) -> None:
+        sizes = self.cudagraph_capture_sizes
+        if sizes is not None:
+            if not isinstance(sizes, list | tuple | range):
+                raise ValueError(
+                    f"cudagraph_capture_sizes={sizes!r} must be a list of numbers of sequences"
+                )
+            known = [positive_int(size, "cudagraph_capture_sizes") for size in sizes]
+            if not known or max(known) > self.max_num_seqs:
+                raise ValueError(
+                    f"cudagraph_capture_sizes={sizes!r} must be one number or more, none of them "
+                    f"above max_num_seqs={self.max_num_seqs}; for no graphs use enforce_eager"
+                )
+            object.__setattr__(self, "cudagraph_capture_sizes", tuple(sorted(set(known))))
+        if self.enforce_eager:
+            if sizes is not None:
+                raise ValueError("enforce_eager captures no graphs; drop cudagraph_capture_sizes")
+            if self.compile_model:
+                raise ValueError("enforce_eager compiles nothing; drop it or compile_model")
 
     def _set(self, name: str, value: int) -> None:
         object.__setattr__(self, name, value)
