@@ -54,6 +54,7 @@ class Recorder:
 
     tiles: Sequence[int] = (1,)
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    appended: int = 0  # tokens whose K and V the kernels wrote
 
     def record(self, name: str, arguments: dict[str, Any]) -> None:
         arguments.pop("self", None)
@@ -113,14 +114,48 @@ class Recorder:
     # The entrances: slots by index, or by offsets into one long tensor ---------------------------
 
     def kvcache(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lens: Any, index: Any, **kw: Any
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lens: Any,
+        index: Any,
+        new: Sequence[torch.Tensor | None] = (None, None),
+        least: int = 1,
+        **kw: Any,
     ) -> list[torch.Tensor]:
-        """``q [n, 1, heads, d]``: output like it, log-sum-exp ``[n, heads, 1]``."""
+        """``q [n, 1, heads, d]``: output like it, log-sum-exp ``[n, heads, 1]``.
+
+        ``new``: K and V to be written first, after ``lens`` tokens; they are seen, too. With them
+        the kernel wants to be shown ``least`` tokens of the cache.
+        """
         self._check_kv(k, v, 4)
-        assert int(lens.max()) == k.shape[1]
+        longest = int(lens.max())
+        if new[0] is not None:
+            longest = max(longest + 1, least)
+            lens = self._append(k, v, lens, index, new)
+        assert longest == k.shape[1]
         slots = [(k[i], v[i]) for i in index.tolist()]
         outs, lses = self.attend(list(q), self._whole(slots, k, v, index), lens, **kw)
         return [torch.stack(outs), torch.stack(lses)]
+
+    def _append(
+        self, k: torch.Tensor, v: torch.Tensor, lens: Any, index: Any, new: Sequence[Any]
+    ) -> torch.Tensor:
+        """Writes behind the last token of each sequence; returns the lengths that follow."""
+        assert lens.dtype == index.dtype == torch.int32
+        for cache, values in zip((k, v), new, strict=True):
+            assert values.shape == (len(index), 1, *k.shape[2:])
+            assert values.dtype == cache.dtype
+            # Read 16 bytes at a time, or by TMA.
+            assert values.stride(-1) == 1
+            for bytes_ in (values.data_ptr(), *(n * values.itemsize for n in values.stride()[:-1])):
+                assert bytes_ % 16 == 0
+            for i, slot, at in zip(range(len(index)), index.tolist(), lens.tolist(), strict=True):
+                cache[slot, at] = values[i, 0]
+        self.appended += len(index)
+        longer: torch.Tensor = lens + 1
+        return longer
 
     def packed_kvcache(
         self,
@@ -208,7 +243,8 @@ def flash2_package(recorder: Recorder) -> tuple[Callable[..., Any], Callable[...
         assert (num_splits, return_softmax_lse) == (0, True)
         return tuple(
             recorder.kvcache(
-                q, k_cache, v_cache, cache_seqlens, cache_batch_idx, scale=softmax_scale,
+                q, k_cache, v_cache, cache_seqlens, cache_batch_idx, (k, v),
+                _check_grouped(q, k_cache, k, window_size[0]), scale=softmax_scale,
                 causal=causal, left=window_size[0], right=window_size[1], softcap=softcap,
             )
         )  # fmt: skip
@@ -231,6 +267,14 @@ def flash2_package(recorder: Recorder) -> tuple[Callable[..., Any], Callable[...
     return flash_attn_with_kvcache, _flash_attn_varlen_forward
 
 
+def _check_grouped(q: torch.Tensor, cache: torch.Tensor, new: Any, left: int) -> int:
+    """FlashAttention-2's condition on the cache it is shown when it appends; see flash_attn.py."""
+    group = q.shape[2] // cache.shape[2]
+    if new is not None and left < 0 and group > cache.shape[1]:
+        raise RuntimeError("If key is supplied, it must have seqlen <= the seqlen of the KV cache")
+    return group
+
+
 def flash3_package(recorder: Recorder) -> Callable[..., Any]:
     """``flash_attn_with_kvcache`` of flash_attn_interface."""
 
@@ -247,7 +291,7 @@ def flash3_package(recorder: Recorder) -> Callable[..., Any]:
         assert (num_splits, return_softmax_lse) == (0, True)
         return tuple(
             _flash3(
-                recorder, q, k_cache, v_cache, cu_seqlens_q, max_seqlen_q, cache_seqlens,
+                recorder, q, k_cache, v_cache, cu_seqlens_q, max_seqlen_q, (k, v), cache_seqlens,
                 cache_batch_idx, scale=softmax_scale, causal=causal, left=window_size[0],
                 right=window_size[1], softcap=softcap,
             )
@@ -257,12 +301,13 @@ def flash3_package(recorder: Recorder) -> Callable[..., Any]:
 
 
 def _flash3(
-    recorder: Recorder, q: torch.Tensor, k: Any, v: Any, starts: Any, longest: Any, *rest: Any,
-    **kw: Any,
+    recorder: Recorder, q: torch.Tensor, k: Any, v: Any, starts: Any, longest: Any, new: Any,
+    lens: Any, index: Any, **kw: Any,
 ) -> list[torch.Tensor]:  # fmt: skip
     if starts is None:
-        return recorder.kvcache(q, k, v, *rest, **kw)
-    return recorder.packed_kvcache(q, k, v, starts, longest, *rest, **kw)
+        return recorder.kvcache(q, k, v, lens, index, new, **kw)
+    assert new == (None, None)
+    return recorder.packed_kvcache(q, k, v, starts, longest, lens, index, **kw)
 
 
 def _torch(recorder: Recorder) -> Callable[..., Any]:
@@ -308,10 +353,11 @@ def _vllm_kvcache(recorder: Recorder) -> Callable[..., Any]:
         window_size_right, softcap, is_rotary_interleaved, num_splits,
     ):  # fmt: skip
         recorder.record("decode", {"k": kcache, "v": vcache})
-        assert (k, v, rotary_cos, rotary_sin, leftpad_k, block_table) == (None,) * 6
+        assert (rotary_cos, rotary_sin, leftpad_k, block_table) == (None,) * 4
         assert (alibi_slopes, out, num_splits) == (None, None, 0)
         return recorder.kvcache(
-            q, kcache, vcache, seqlens_k, cache_batch_idx, scale=softmax_scale, causal=is_causal,
+            q, kcache, vcache, seqlens_k, cache_batch_idx, (k, v),
+            _check_grouped(q, kcache, k, window_size_left), scale=softmax_scale, causal=is_causal,
             left=window_size_left, right=window_size_right, softcap=softcap,
         )  # fmt: skip
 
@@ -324,6 +370,7 @@ def _vllm_flash3(recorder: Recorder) -> Callable[..., Any]:
         given = dict(zip(names[3:], others, strict=True))
         recorder.record("chunks" if q.dim() == 3 else "decode", {"k": k, "v": v})
         used = ("cu_seqlens_q", "max_seqlen_q", "seqused_k", "kv_batch_idx")
+        new = (given.pop("k_new"), given.pop("v_new"))
         switches = {
             "is_rotary_interleaved": True, "sm_margin": 0, "cp_world_size": 1, "cp_rank": 0,
             "num_splits": 0,
@@ -336,7 +383,8 @@ def _vllm_flash3(recorder: Recorder) -> Callable[..., Any]:
             if name not in used and name not in kept:
                 assert value == switches.get(name), name
         kw = {to: given[name] for name, to in kept.items()}
-        return _flash3(recorder, q, k, v, *(given[name] for name in used), **kw)
+        starts, longest, lens, index = (given[name] for name in used)
+        return _flash3(recorder, q, k, v, starts, longest, new, lens, index, **kw)
 
     return fwd
 

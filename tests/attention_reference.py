@@ -109,6 +109,12 @@ class World:
         ]
         return index
 
+    def fork(self, slot: int, tokens: int) -> int:
+        """A new sequence with the first ``tokens`` tokens of another."""
+        index = int(self.cache.fork(slot, tokens))
+        self.history[index] = [(k[:tokens], v[:tokens]) for k, v in self.history[slot]]
+        return index
+
     def release(self, slot: int) -> None:
         self.cache.mark_dirty(slot)
         self.cache.release(slot)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ from vattn.kv.cache import KVCache
 from vattn.kv.layout import Order
 
 Int32 = npt.NDArray[np.int32]
+# What writes the new K and V of decodes: the attention kernel itself, or a launch before it.
+AppendMode = Literal["kernel", "triton", "index_put"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,11 @@ class Backend(Protocol):
     # Whether decodes may be captured in a CUDA graph: see vattn.engine.graphs.
     graphs: bool
 
+    @property
+    def append_mode(self) -> AppendMode:
+        """How decodes' K and V get into their slots."""
+        ...
+
     def refusal(self, spec: AttentionSpec, device: torch.device) -> str | None:
         """Why it cannot serve a layer on a device; None if it can."""
         ...
@@ -146,27 +153,3 @@ def prepare_append(step: Step) -> None:
     """Fills in where the new K and V go."""
     slots = np.repeat(step.slots, step.query_lens).astype(np.int64)
     step.write_slots, step.write_positions = step.upload(slots, step.positions())
-
-
-def append(
-    layer: int,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    step: Step,
-    rows: slice = slice(None),
-) -> None:
-    """Writes the new tokens' K and V ``[T, kv_heads, head_dim]`` into their slots.
-
-    Args:
-        layer: index in the cache.
-        key: of all new tokens of the step.
-        value: the same of V.
-        step: after :func:`prepare_append`.
-        rows: only these of the T tokens.
-    """
-    assert step.write_slots is not None
-    assert step.write_positions is not None
-    k, v = step.cache.layer(layer)
-    where = (step.write_slots[rows], step.write_positions[rows])
-    k.index_put_(where, key[rows])
-    v.index_put_(where, value[rows])

@@ -8,19 +8,28 @@ two forms:
   of the call, and for each sequence its slot and its length;
 * *flat form*: K and V as ``[slots * slot_tokens, kv_heads, head_dim]``, and for each sequence the
   token at which its slot begins and its length.
+
+Some kernels write the new K and V of the kvcache form themselves, which saves a launch per layer:
+decodes are then appended by the call that attends over them, and chunks before it. They write at
+the places that the lengths before the step name, which ``KVCache.ensure`` has made this slot's own:
+its page is nobody else's, whatever the slot shares.
 """
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Collection, Iterable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 
-from vattn.attention.base import AttentionSpec, Step, append, prepare_append
-from vattn.attention.flash_calls import Call, step_calls
+from vattn.attention.append import append, append_mode
+from vattn.attention.base import AppendMode, AttentionSpec, Step, prepare_append
+from vattn.attention.flash_calls import Call, DecodeTensors, prepare_decode, step_calls
 from vattn.kv.layout import Order
+
+# K and V of decodes, ``[n, kv_heads, head_dim]`` each, that the kernel is to write.
+New = tuple[torch.Tensor, torch.Tensor]
 
 _HALVES = (torch.float16, torch.bfloat16)
 _MOST_HEAD_DIM = 256
@@ -31,6 +40,15 @@ class FlashBackend(abc.ABC):
 
     Args:
         specs: of the layers it will serve; they decide the tiles.
+        kernel: as :meth:`load` returns it, which is what None stands for.
+        append_in_kernel: whether the kernel writes decodes' K and V; None if it can.
+
+    Attributes:
+        appends: whether it does. It may be changed between steps, but not under recorded graphs.
+
+    Raises:
+        Unavailable: no kernel is given or installed.
+        ValueError: the kernel is to append and cannot.
     """
 
     name: str
@@ -41,9 +59,42 @@ class FlashBackend(abc.ABC):
     has_softcap = True
     has_sinks = True
 
-    def __init__(self, specs: Iterable[AttentionSpec] = ()) -> None:
+    def __init__(
+        self,
+        specs: Iterable[AttentionSpec] = (),
+        kernel: Any = None,
+        *,
+        append_in_kernel: bool | None = None,
+    ) -> None:
+        specs = list(specs)
         tiles = {tile for spec in specs for tile in self.tiles(spec.head_dim)}
         self.kv_tile_tokens: tuple[int, ...] = tuple(sorted(tiles)) or (1,)
+        self._kernel = self.load() if kernel is None else kernel
+        self._device = torch.device("cpu")
+        able = self.can_append(specs)
+        if append_in_kernel and not able:
+            raise self.cannot_append()
+        self.appends = able if append_in_kernel is None else append_in_kernel
+
+    @staticmethod
+    @abc.abstractmethod
+    def load() -> Any:
+        """The kernel that is installed.
+
+        Raises:
+            Unavailable: there is none, or it takes other arguments than we know.
+        """
+
+    def can_append(self, specs: Sequence[AttentionSpec]) -> bool:
+        """Whether the kernel can write decodes' K and V, as far as its arguments tell."""
+        del specs
+        return False
+
+    def cannot_append(self) -> ValueError:
+        """What to raise if the kernel is to append and cannot."""
+        return ValueError(
+            f"append_in_kernel=True, but the kernel of {self.name} cannot append; leave it out"
+        )
 
     @staticmethod
     @abc.abstractmethod
@@ -59,6 +110,7 @@ class FlashBackend(abc.ABC):
         k: torch.Tensor,
         v: torch.Tensor,
         sinks: torch.Tensor | None,
+        new: New | None = None,
     ) -> torch.Tensor:
         """Calls the kernel.
 
@@ -69,20 +121,29 @@ class FlashBackend(abc.ABC):
             k: of all slots, ``[slots, slot_tokens, kv_heads, head_dim]``.
             v: like ``k``.
             sinks: ``[heads]``, if the spec has them.
+            new: of decodes, what the kernel is to write first; None if it is in the slots.
 
         Returns:
             Like ``query``.
         """
 
     @classmethod
-    def create(cls, specs: Sequence[AttentionSpec], device: torch.device) -> Self:
+    def create(
+        cls,
+        specs: Sequence[AttentionSpec],
+        device: torch.device,
+        *,
+        append_in_kernel: bool | None = None,
+    ) -> Self:
         """For a model's layers on a device, with the kernel that is installed.
 
         Raises:
             Unavailable: there is none.
+            ValueError: the kernel is to append and cannot.
         """
-        del device
-        return cls(specs)
+        backend = cls(specs, append_in_kernel=append_in_kernel)
+        backend._device = device
+        return backend
 
     @classmethod
     def refusal(cls, spec: AttentionSpec, device: torch.device) -> str | None:
@@ -107,11 +168,20 @@ class FlashBackend(abc.ABC):
             return "has no attention sinks"
         return None
 
+    @property
+    def append_mode(self) -> AppendMode:
+        """How decodes' K and V get into their slots."""
+        return "kernel" if self.appends else append_mode(self._device)
+
     def prepare(self, step: Step, specs: Sequence[AttentionSpec]) -> None:
         """Moves slots and lengths to the device, in one transfer."""
         del specs
         prepare_append(step)
         step.plan["calls"] = step_calls(step)
+
+    def prepare_decode(self, step: Step, tensors: DecodeTensors) -> None:
+        """Like :meth:`prepare`, of decodes only, over memory that others fill in; no transfer."""
+        prepare_decode(step, tensors)
 
     def forward(
         self,
@@ -124,10 +194,15 @@ class FlashBackend(abc.ABC):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Appends K and V, then attends; see :meth:`vattn.attention.base.Backend.forward`."""
-        append(layer, key, value, step)
         k, v = step.cache.layer(layer)
         calls: list[Call] = step.plan["calls"]
-        outs = [self.attend(call, spec, query[call.rows], k, v, sinks) for call in calls]
+        in_kernel = calls[0].rows.stop if self.appends and calls[0].decodes else 0
+        if in_kernel < len(key):
+            append(layer, key, value, step, slice(in_kernel, None) if in_kernel else None)
+        outs = []
+        for call in calls:
+            new = (key[call.rows], value[call.rows]) if self.appends and call.decodes else None
+            outs.append(self.attend(call, spec, query[call.rows], k, v, sinks, new))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
@@ -139,6 +214,14 @@ def capability(device: torch.device) -> tuple[int, int]:
 def window_sizes(spec: AttentionSpec) -> tuple[int, int]:
     """Tokens before and after a query that it sees: ours count the query itself; -1 for all."""
     return (-1, -1) if spec.window is None else (spec.window - 1, 0)
+
+
+def new_rows(new: New | None) -> dict[str, torch.Tensor]:
+    """New K and V as arguments ``k, v [n, 1, kv_heads, head_dim]``, or no arguments."""
+    if new is None:
+        return {}
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in new)
+    return {"k": key.unsqueeze(1), "v": value.unsqueeze(1)}
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:

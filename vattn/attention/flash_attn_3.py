@@ -1,19 +1,21 @@
 """FlashAttention-3 for Hopper: the package ``flash_attn_interface``, and the build in vLLM's wheel.
 
-Both calls use the kvcache form; the kernel chooses how to split long sequences over the GPU.
+Both calls use the kvcache form; the kernel chooses how to split long sequences over the GPU, and
+writes the new K and V of decodes if it was built for that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 
 from vattn.attention.base import AttentionSpec
-from vattn.attention.flash import FlashBackend, window_sizes, with_sinks
+from vattn.attention.flash import FlashBackend, New, new_rows, window_sizes, with_sinks
 from vattn.attention.flash_calls import Call
-from vattn.attention.operators import Kernel, bind, library_operator, python_function
+from vattn.attention.operators import Kernel, bind, library_operator, python_function, takes
 
 _PACKAGE = (
     "q k_cache v_cache cache_seqlens cache_batch_idx cu_seqlens_q max_seqlen_q softmax_scale "
@@ -49,17 +51,35 @@ def flash3_tiles(head_dim: int) -> tuple[int, ...]:
     return (64, 80)
 
 
-def load_package() -> Kernel:
+@dataclass(frozen=True)
+class Flash3Kernel:
+    """The entrance, by the names that :meth:`FlashAttention3Backend.attend` passes.
+
+    It returns the output, the log-sum-exp, and maybe more. ``appends``: it takes the new ``k`` and
+    ``v``, too. ``knows_sinks``: it takes ``sinks``, in bfloat16.
+    """
+
+    forward: Kernel
+    appends: bool
+    knows_sinks: bool
+
+
+def load_package() -> Flash3Kernel:
     """The kernel of the package ``flash_attn_interface``.
 
     Raises:
         Unavailable: it is not installed, or takes other arguments than we know.
     """
     function = python_function("flash_attn_interface", "flash_attn_with_kvcache")
-    return bind("flash_attn_with_kvcache", function, _PACKAGE)
+    bound = bind("flash_attn_with_kvcache", function, _PACKAGE)
+
+    def forward(window: tuple[int, int], **given: Any) -> Any:
+        return bound(causal=True, window_size=window, return_softmax_lse=True, **given)
+
+    return Flash3Kernel(forward, takes(function, "k v"), knows_sinks=False)
 
 
-def load_vllm() -> Kernel:
+def load_vllm() -> Flash3Kernel:
     """The kernel of FlashAttention-3 in vLLM's wheel.
 
     Raises:
@@ -67,24 +87,98 @@ def load_vllm() -> Kernel:
     """
     file = "vllm_flash_attn/_vllm_fa3_C*.so"
     operator = library_operator("vllm", file, "_vllm_fa3_C", "fwd")
-    return bind("_vllm_fa3_C::fwd", operator, _VLLM, _VLLM_CONSTANTS)
+    bound = bind("_vllm_fa3_C::fwd", operator, _VLLM, _VLLM_CONSTANTS)
+
+    def forward(
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        cache_seqlens: torch.Tensor,
+        cache_batch_idx: torch.Tensor,
+        window: tuple[int, int],
+        sinks: torch.Tensor | None,
+        k: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
+        **given: Any,
+    ) -> Any:
+        if k is not None:
+            given |= {"k_new": k, "v_new": v}
+        return bound(
+            k=k_cache,
+            v=v_cache,
+            seqused_k=cache_seqlens,
+            kv_batch_idx=cache_batch_idx,
+            is_causal=True,
+            window_size_left=window[0],
+            window_size_right=window[1],
+            s_aux=sinks,
+            **given,
+        )
+
+    return Flash3Kernel(forward, takes(operator, "k_new v_new"), knows_sinks=True)
 
 
 class FlashAttention3Backend(FlashBackend):
-    """The package ``flash_attn_interface``.
-
-    Args:
-        specs: of the layers it will serve.
-        kernel: takes the arguments of :func:`load_package`'s.
-    """
+    """The package ``flash_attn_interface``."""
 
     name = "flash_attn_3"
     architectures = (9,)
     tiles = staticmethod(flash3_tiles)
+    _kernel: Flash3Kernel
 
-    def __init__(self, specs: Iterable[AttentionSpec] = (), kernel: Kernel | None = None) -> None:
-        super().__init__(specs)
-        self._kernel = load_package() if kernel is None else kernel
+    @staticmethod
+    def load() -> Flash3Kernel:
+        """See :func:`load_package`."""
+        return load_package()
+
+    @classmethod
+    def create(
+        cls,
+        specs: Sequence[AttentionSpec],
+        device: torch.device,
+        *,
+        append_in_kernel: bool | None = None,
+    ) -> Self:
+        """See :meth:`FlashBackend.create`; tries once whether the kernel really appends."""
+        backend = super().create(specs, device, append_in_kernel=append_in_kernel)
+        if backend.appends and not backend.was_built_to_append(specs[0], device):
+            if append_in_kernel:
+                raise backend.cannot_append()
+            backend.appends = False
+        return backend
+
+    def can_append(self, specs: Sequence[AttentionSpec]) -> bool:
+        """See :meth:`FlashBackend.can_append`."""
+        del specs
+        return self._kernel.appends
+
+    def was_built_to_append(self, spec: AttentionSpec, device: torch.device) -> bool:
+        """Whether the kernel appends a token to an empty cache, or says that it cannot.
+
+        A build may have left appending out, as vLLM's did up to 0.25, and takes the arguments.
+        """
+        zero, one = (torch.tensor([x], dtype=torch.int32, device=device) for x in (0, 1))
+        starts = torch.tensor([0, 1], dtype=torch.int32, device=device)
+        call = Call(
+            rows=slice(0, 1),
+            decodes=True,
+            slots=zero,
+            kv_lens=one,
+            past_lens=zero,
+            query_starts=starts,
+            kv_starts={},
+            longest_query=1,
+            longest_kv=1,
+        )
+        query = torch.zeros(1, spec.heads, spec.head_dim, dtype=spec.dtype, device=device)
+        new = query.new_zeros(1, spec.kv_heads, spec.head_dim)
+        k, v = (new.new_zeros(1, max(self.kv_tile_tokens), *new.shape[1:]) for _ in range(2))
+        try:
+            self.attend(call, spec, query, k, v, None, (new, new))
+        except RuntimeError as error:
+            if "does not support appending" not in str(error):
+                raise
+            return False
+        return True
 
     def attend(
         self,
@@ -94,79 +188,40 @@ class FlashAttention3Backend(FlashBackend):
         k: torch.Tensor,
         v: torch.Tensor,
         sinks: torch.Tensor | None,
+        new: New | None = None,
     ) -> torch.Tensor:
         """See :meth:`FlashBackend.attend`."""
-        queries, starts, longest = _queries(call, query)
-        out, lse, *_ = self._kernel(
-            q=queries,
+        given: dict[str, Any] = new_rows(new)
+        if self._kernel.knows_sinks:
+            given["sinks"] = None if sinks is None else sinks.to(torch.bfloat16)
+        out: torch.Tensor
+        out, lse, *_ = self._kernel.forward(
+            q=query.unsqueeze(1) if call.decodes else query,
             k_cache=k[:, : call.longest_kv],
             v_cache=v[:, : call.longest_kv],
-            cache_seqlens=call.kv_lens,
+            cache_seqlens=call.kv_lens if new is None else call.past_lens,
             cache_batch_idx=call.slots,
-            cu_seqlens_q=starts,
-            max_seqlen_q=longest,
+            cu_seqlens_q=None if call.decodes else call.query_starts,
+            max_seqlen_q=None if call.decodes else call.longest_query,
             softmax_scale=spec.scale,
-            causal=True,
-            window_size=window_sizes(spec),
+            window=window_sizes(spec),
             softcap=spec.softcap or 0.0,
             num_splits=0,
-            return_softmax_lse=True,
+            **given,
         )
         if call.decodes:
-            return with_sinks(out.squeeze(1), lse.squeeze(-1), sinks, head_dim_of_lse=1)
-        return with_sinks(out, lse, sinks, head_dim_of_lse=0)
+            out, lse = out.squeeze(1), lse.squeeze(-1)
+        if self._kernel.knows_sinks:
+            return out
+        return with_sinks(out, lse, sinks, head_dim_of_lse=int(call.decodes))
 
 
-class VllmFlashAttention3Backend(FlashBackend):
-    """FlashAttention-3 as vLLM's wheel carries it; it knows attention sinks itself.
-
-    Args:
-        specs: of the layers it will serve.
-        kernel: takes the arguments of :func:`load_vllm`'s.
-    """
+class VllmFlashAttention3Backend(FlashAttention3Backend):
+    """FlashAttention-3 as vLLM's wheel carries it; it knows attention sinks itself."""
 
     name = "vllm_flash_attn_3"
-    architectures = (9,)
-    tiles = staticmethod(flash3_tiles)
 
-    def __init__(self, specs: Iterable[AttentionSpec] = (), kernel: Kernel | None = None) -> None:
-        super().__init__(specs)
-        self._kernel = load_vllm() if kernel is None else kernel
-
-    def attend(
-        self,
-        call: Call,
-        spec: AttentionSpec,
-        query: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """See :meth:`FlashBackend.attend`."""
-        queries, starts, longest = _queries(call, query)
-        left, right = window_sizes(spec)
-        out: torch.Tensor
-        out, *_ = self._kernel(
-            q=queries,
-            k=k[:, : call.longest_kv],
-            v=v[:, : call.longest_kv],
-            cu_seqlens_q=starts,
-            seqused_k=call.kv_lens,
-            max_seqlen_q=longest,
-            kv_batch_idx=call.slots,
-            softmax_scale=spec.scale,
-            is_causal=True,
-            window_size_left=left,
-            window_size_right=right,
-            softcap=spec.softcap or 0.0,
-            num_splits=0,
-            s_aux=None if sinks is None else sinks.to(torch.bfloat16),
-        )
-        return out.squeeze(1) if call.decodes else out
-
-
-def _queries(call: Call, query: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
-    """Queries with where each sequence's begin and how many there are at most, if they differ."""
-    if call.decodes:
-        return query.unsqueeze(1), None, None
-    return query, call.query_starts, call.longest_query
+    @staticmethod
+    def load() -> Flash3Kernel:
+        """See :func:`load_vllm`."""
+        return load_vllm()

@@ -50,6 +50,12 @@ def bind(
     return functools.partial(kernel, **fixed)
 
 
+def takes(kernel: Kernel, names: str) -> bool:
+    """Whether a kernel, as it is or as :func:`bind` returns it, has all of these arguments."""
+    inner = kernel.func if isinstance(kernel, functools.partial) else kernel
+    return _parameters(inner).keys() >= set(names.split())
+
+
 _REQUIRED, _OPTIONAL, _DEFAULT = object(), object(), object()
 
 

@@ -13,7 +13,8 @@ from typing import Self
 import torch
 
 from vattn.attention import dense
-from vattn.attention.base import AttentionSpec, Step, append, prepare_append
+from vattn.attention.append import append, append_mode
+from vattn.attention.base import AppendMode, AttentionSpec, Step, prepare_append
 from vattn.attention.sdpa_plan import ChunkCall, DecodeCall, DecodeCuts, Plan, chunk_calls
 from vattn.kv.layout import Order
 
@@ -40,14 +41,16 @@ class SdpaBackend:
     Args:
         tile_tokens: sequences whose lengths differ by less may then share a call. On a CPU what is
             not mapped reads as zeros, and 1 costs no memory.
+        device: where it will run.
     """
 
     name = "sdpa"
     order: Order | None = None
     graphs = False  # which slots share a call is decided step by step
 
-    def __init__(self, tile_tokens: int = 1) -> None:
+    def __init__(self, tile_tokens: int = 1, device: torch.device | str = "cpu") -> None:
         self.kv_tile_tokens: tuple[int, ...] = (tile_tokens,)
+        self._device = torch.device(device)
         self._cuts = DecodeCuts()
         self._bands: dict[int, torch.Tensor] = {}
 
@@ -55,7 +58,7 @@ class SdpaBackend:
     def create(cls, specs: Sequence[AttentionSpec], device: torch.device) -> Self:
         """For a model's layers on a device."""
         del specs
-        return cls(1 if device.type == "cpu" else _TILE_ELSEWHERE)
+        return cls(1 if device.type == "cpu" else _TILE_ELSEWHERE, device)
 
     @classmethod
     def refusal(cls, spec: AttentionSpec, device: torch.device) -> str | None:
@@ -66,6 +69,11 @@ class SdpaBackend:
         if spec.heads % spec.kv_heads:
             return f"{spec.heads} heads do not divide among {spec.kv_heads} KV heads"
         return None
+
+    @property
+    def append_mode(self) -> AppendMode:
+        """How decodes' K and V get into their slots."""
+        return append_mode(self._device)
 
     def prepare(self, step: Step, specs: Sequence[AttentionSpec]) -> None:
         """Cuts the step into calls, once per window that its layers have."""

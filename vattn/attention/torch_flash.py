@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
 from vattn.attention.base import AttentionSpec
-from vattn.attention.flash import FlashBackend, flat, window_sizes, with_sinks
+from vattn.attention.flash import FlashBackend, New, flat, window_sizes, with_sinks
 from vattn.attention.flash_attn import flash2_tiles
 from vattn.attention.flash_calls import Call
 from vattn.attention.operators import Kernel, bind
@@ -32,19 +30,16 @@ class TorchFlashBackend(FlashBackend):
     """``aten::_flash_attention_forward``: needs nothing but PyTorch.
 
     It splits long sequences over the GPU for one-token queries of grouped heads without a window.
-
-    Args:
-        specs: of the layers it will serve.
-        kernel: takes the arguments of :func:`load`'s.
     """
 
     name = "torch"
     has_softcap = False
     tiles = staticmethod(flash2_tiles)
 
-    def __init__(self, specs: Iterable[AttentionSpec] = (), kernel: Kernel | None = None) -> None:
-        super().__init__(specs)
-        self._kernel = load() if kernel is None else kernel
+    @staticmethod
+    def load() -> Kernel:
+        """See :func:`load`."""
+        return load()
 
     def attend(
         self,
@@ -54,8 +49,10 @@ class TorchFlashBackend(FlashBackend):
         k: torch.Tensor,
         v: torch.Tensor,
         sinks: torch.Tensor | None,
+        new: New | None = None,
     ) -> torch.Tensor:
         """See :meth:`FlashBackend.attend`."""
+        assert new is None, "this kernel cannot append"
         left, right = window_sizes(spec)
         out, lse, *_ = self._kernel(
             query=query,
