@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vattn.attention.base import AttentionSpec
+from vattn.engine.batch import StepBatch
 from vattn.engine.config import EngineConfig
 from vattn.engine.engine import Engine
 from vattn.kv.layout import LayerSpec
@@ -27,6 +28,7 @@ class _NoModel:
 
     def __init__(self, max_positions: int) -> None:
         self.device = torch.device("cpu")
+        self.model: Any = None
         self.dtype = torch.float16
         self.vocab_size = _VOCABULARY
         self.max_positions = max_positions
@@ -44,10 +46,11 @@ class _NoRunner:
         self._logits = torch.zeros(rows, _VOCABULARY)
         self._logits[:, 5] = 1.0
 
-    def run(
-        self, slots: Any, query_lens: Any, kv_lens: Any, decodes: int, ids: Any, rows: Any
-    ) -> torch.Tensor:
-        return self._logits[: len(rows)]
+    def run(self, batch: StepBatch) -> torch.Tensor:
+        return self._logits[: len(batch.logit_rows)]
+
+    def remember(self, batch: StepBatch, token_ids: torch.Tensor) -> None:
+        pass
 
 
 def step_times(

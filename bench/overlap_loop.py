@@ -137,7 +137,8 @@ class Loop:
     def finish(self, plan: Plan) -> None:
         """What the engine does with the tokens of a step."""
         self.memory.index_prompts()
-        self.scheduler.append_tokens(plan.sampling, [7] * len(plan.sampling))
+        if plan.sampling:
+            self.scheduler.append_tokens(plan, [7] * len(plan.sampling))
         self.ended += len(self.scheduler.take_finished())
 
     def run(self, steps: int, device_s: float, times: Times | None) -> None:
@@ -156,6 +157,7 @@ class Loop:
                 times.late_s.append(late)
             launched = now
             self.scheduler.computed(plan)
+            self.scheduler.sampled(plan)
             self.scheduler.stage()
             self.fill_queue()
             late = sleep_until(launched + device_s)

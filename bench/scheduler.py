@@ -159,13 +159,14 @@ def measure(memory_name: str, load_name: str, sequences: int, steps: int) -> Jso
         plan = scheduler.schedule()
         marks.append(time.perf_counter())
         scheduler.computed(plan)
+        scheduler.sampled(plan)
         marks.append(time.perf_counter())
         scheduler.stage()
         marks.append(time.perf_counter())
         sampling = plan.sampling
         tokens = [5] * len(sampling)  # of the stub model, not timed
         marks.append(time.perf_counter())
-        scheduler.append_tokens(sampling, tokens)
+        scheduler.append_tokens(plan, tokens)
         marks.append(time.perf_counter())
         ended = scheduler.take_finished()
         marks.append(time.perf_counter())

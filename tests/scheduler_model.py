@@ -114,7 +114,7 @@ class FakeMemory:
         extra = beyond = 0
         for slot, n in zip(slots, tokens, strict=True):
             state = self.open[slot]
-            assert len(state.content) < n <= len(state.request.tokens)
+            assert len(state.content) < n <= state.request.length
             more = max(0, self.pages_for(n) - len(state.pages))
             extra += more
             beyond += max(0, min(more, self.pages_for(n) - state.promised))
@@ -178,7 +178,7 @@ class FakeMemory:
             if not self.references[page]:
                 del self.references[page]
         if state.content and self.prefixes:
-            self.kept = [*self.kept[-7:], state.content]
+            self.kept = [*self.kept[-7:], state.content[: len(request.tokens)]]
         request.slot, request.computed = -1, 0
         return state
 
@@ -205,7 +205,9 @@ class FakeMemory:
         for slot, state in self.open.items():
             assert state.request.slot == slot
             assert len(state.content) <= len(state.pages) * self.page_tokens
-            assert state.content == state.request.tokens[: state.request.computed]
+            known = state.request.tokens
+            assert len(state.content) == state.request.computed
+            assert state.content[: len(known)] == known[: len(state.content)]
             for page in state.pages:
                 counted[page] = counted.get(page, 0) + 1
         assert counted == self.references
@@ -220,7 +222,13 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class FakeEngine:
-    """Steps of an engine, checked at every point."""
+    """Steps of an engine, checked at every point.
+
+    With ``steps_in_flight=1`` tokens are appended after the next step was launched, and what the
+    model needs of them meanwhile is taken from the device's memory, as a real engine does.
+    """
+
+    steps_in_flight = 0  # unless told otherwise
 
     def __init__(
         self,
@@ -233,6 +241,10 @@ class FakeEngine:
     ) -> None:
         self.memory = memory or FakeMemory(budget=1000)
         self.now = 0.0
+        options = {"steps_in_flight": self.steps_in_flight, **options}
+        self.ahead = bool(options["steps_in_flight"])
+        self.flying: tuple[Plan, list[int]] | None = None
+        self.last_token: dict[int, int] = {}  # by slot
         self.scheduler = Scheduler(
             self.memory,
             max_num_seqs=max_num_seqs,
@@ -261,15 +273,19 @@ class FakeEngine:
             before_launch()
             self.check()
         tokens = self._launch(plan)
-        sampling = plan.sampling
         self.scheduler.computed(plan)
+        self.scheduler.sampled(plan)
         self.check()
         self.scheduler.stage()
         self.check()
         if in_flight is not None:
             in_flight()
             self.check()
-        self.scheduler.append_tokens(sampling, tokens)
+        arrived = (plan, tokens) if plan.sampling else None
+        if self.ahead:
+            arrived, self.flying = self.flying, arrived
+        if arrived is not None:
+            self.scheduler.append_tokens(*arrived)
         self.check()
         self.ended += self.scheduler.take_finished()
         self.steps += 1
@@ -278,7 +294,7 @@ class FakeEngine:
     def run(self, most_steps: int = 1000) -> list[Request]:
         """Steps until nothing is left; the requests in the order in which they ended."""
         for _ in range(most_steps):
-            if not self.scheduler.has_unfinished:
+            if not self.scheduler.has_unfinished and self.flying is None:
                 return self.ended
             self.step()
         raise AssertionError(f"not done after {most_steps} steps: {self.scheduler.stats()}")
@@ -301,6 +317,9 @@ class FakeEngine:
         """The first in order of those that run is in every plan."""
         running = [s.request for s in self.memory.open.values()]
         running = [r for r in running if r.status is Status.RUNNING]
+        running = [r for r in running if r.length < r.limit]  # the others wait for their last token
+        if self.flying is not None and not plan.requests:
+            return  # pages are short, and what is in flight may end somebody
         if running:
             assert min(running, key=self.scheduler._order) in plan.requests
         else:
@@ -313,9 +332,15 @@ class FakeEngine:
             assert state.request is request
             assert self.memory.pages_for(length) <= len(state.pages)
             assert request.computed == len(state.content)
-            state.content = state.content + request.tokens[request.computed : length]
+            new = request.tokens[request.computed : length]
+            if request.in_flight:
+                assert new == []
+                new = [self.last_token[slot]]
+            state.content = state.content + new
             assert len(state.content) == length
-        return [next_token(self.memory.open[r.slot].content, r.seed) for r in plan.sampling]
+        tokens = [next_token(self.memory.open[r.slot].content, r.seed) for r in plan.sampling]
+        self.last_token |= {r.slot: t for r, t in zip(plan.sampling, tokens, strict=True)}
+        return tokens
 
 
 def assert_answered(request: Request, *, smallest_budget: int, page_tokens: int) -> None:

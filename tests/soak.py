@@ -53,6 +53,7 @@ class Soak:
         window: the second layer has a sliding window.
         policy: of the scheduler.
         check_every: steps between full checks of all invariants.
+        ahead: asynchronous scheduling.
     """
 
     kind: str
@@ -61,6 +62,7 @@ class Soak:
     policy: str = "fcfs"
     check_every: int = 7
     step_faults: float = 0.002
+    ahead: bool = False
     fake: FakeCuda | None = None
     sent: dict[str, Request] = field(default_factory=dict)
     ended: dict[str, Request] = field(default_factory=dict)
@@ -88,6 +90,7 @@ class Soak:
             order="token",
             scheduling_policy=self.policy,  # type: ignore[arg-type]
             seed=self.seed,
+            async_scheduling=self.ahead,
         )
         self.engine = Engine(model, config, pool=pool)
         self.engine.runner = StubRunner(self.engine.cache, self._maybe_fail)  # type: ignore[assignment]
@@ -232,11 +235,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     configurations: list[dict[str, Any]] = [
-        {"kind": "host_strict", "window": window, "policy": policy}
+        {"kind": "host_strict", "window": window, "policy": policy, "ahead": ahead}
         for window in (False, True)
         for policy in ("fcfs", "priority")
+        for ahead in (False, True)
     ]
-    configurations += [{"kind": "cuda_fake", "window": window} for window in (False, True)]
+    configurations += [
+        {"kind": "cuda_fake", "window": window, "ahead": ahead}
+        for window in (False, True)
+        for ahead in (False, True)
+    ]
     each = -(-arguments.requests // len(configurations))
     total: Counter[str] = Counter()
     for i, configuration in enumerate(configurations):

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from vattn.attention.base import AttentionSpec
+from vattn.engine.batch import SAMPLED, StepBatch
+from vattn.engine.runner import GraphStats
 from vattn.kv.cache import KVCache
 from vattn.kv.layout import LayerSpec
 
@@ -28,6 +30,7 @@ class StubModel:
     def __init__(self, *, max_positions: int = 128, window: bool = False) -> None:
         self.device = torch.device("cpu")
         self.dtype = torch.float32
+        self.model: Any = None  # StubRunner computes
         self.vocab_size = VOCABULARY
         self.max_positions = max_positions
         self.eos_token_ids: frozenset[int] = frozenset()
@@ -74,17 +77,15 @@ class StubRunner:
         self.before = before
         self.window = any(spec.window for spec in cache.specs)
         self.layers = [cache.layer(i) for i in range(len(cache.specs))]
+        self.last_token = torch.full((cache.max_seqs,), -7, dtype=torch.int64)
 
-    def run(
-        self,
-        slots: Any,
-        query_lens: Any,
-        kv_lens: Any,
-        num_decodes: int,
-        input_ids: Any,
-        logit_rows: Any,
-    ) -> torch.Tensor:
+    graph_stats = GraphStats(captured=0, replayed=0, eager=0, padded_rows=0)
+
+    def run(self, batch: StepBatch) -> torch.Tensor:
         self.before()
+        slots, query_lens, kv_lens = batch.slots, batch.query_lens, batch.kv_lens
+        num_decodes, logit_rows = batch.num_decodes, batch.logit_rows
+        input_ids = self._known(batch)
         assert (query_lens[:num_decodes] == 1).all()
         assert (np.diff(slots[:num_decodes]) > 0).all(), slots
         ends = np.cumsum(query_lens)
@@ -96,6 +97,18 @@ class StubRunner:
             i = at[place]
             logits[row, self._next(int(slots[i]), int(kv_lens[i]))] = 1.0
         return logits
+
+    def remember(self, batch: StepBatch, token_ids: torch.Tensor) -> None:
+        self.last_token[torch.from_numpy(batch.sample_slots)] = token_ids
+
+    def _known(self, batch: StepBatch) -> Any:
+        """The new tokens, those included that the host has not seen."""
+        ids = batch.input_ids.copy()
+        assert (ids[batch.num_decodes :] != SAMPLED).all()
+        last = self.last_token.numpy()[batch.slots[: batch.num_decodes]]
+        ahead = ids[: batch.num_decodes] == SAMPLED
+        ids[: batch.num_decodes][ahead] = last[ahead]
+        return ids
 
     def _write(self, slot: int, first: int, ids: Any) -> None:
         data = torch.from_numpy(np.asarray(ids)).float()[:, None, None]

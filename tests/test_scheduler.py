@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.scheduler_model import FakeEngine, FakeMemory, expected_tokens, make_request
 from vattn.engine.scheduler import Plan, Scheduler
 from vattn.engine.waiting import RequestQueue
 from vattn.request import FinishReason, Request, SamplingParams, Status
+
+
+def step_by_step(test: Any) -> Any:
+    """A test that counts on each step's tokens having arrived before the next."""
+    test.step_by_step = True
+    return test
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    ahead = [0] if getattr(metafunc.function, "step_by_step", False) else [0, 1]
+    metafunc.parametrize("steps_in_flight", ahead, indirect=True, ids=["", "ahead"][: len(ahead)])
+
+
+@pytest.fixture(autouse=True)
+def steps_in_flight(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(FakeEngine, "steps_in_flight", request.param)
+    return int(request.param)
 
 
 def ids(requests: list[Request]) -> list[str]:
@@ -58,6 +77,7 @@ def test_bad_requests_change_nothing() -> None:
 # Steps and budgets --------------------------------------------------------------------------------
 
 
+@step_by_step
 def test_one_request_from_prompt_to_limit() -> None:
     engine = FakeEngine()
     request = make_request("a", 5, 3)
@@ -94,6 +114,7 @@ def test_a_long_prompt_is_cut_and_starves_nobody() -> None:
     engine.assert_empty()
 
 
+@step_by_step
 def test_prompts_go_on_beside_as_many_decodes_as_possible() -> None:
     engine = FakeEngine(max_num_batched_tokens=4, max_num_seqs=4)
     engine.add(*(make_request(name, 1, 40) for name in "abc"), make_request("long", 20, 2))
@@ -189,6 +210,7 @@ def test_a_stop_string_is_found_by_others() -> None:
     engine.assert_empty()
 
 
+@step_by_step
 def test_timings() -> None:
     engine = FakeEngine()
     request = make_request("a", 4, 3)
@@ -255,6 +277,7 @@ def test_abort_of_the_unknown_and_of_all() -> None:
     engine.assert_empty()
 
 
+@step_by_step
 def test_deadlines_keep_what_there_is() -> None:
     engine = FakeEngine(max_num_seqs=2)
     engine.add(
@@ -313,6 +336,7 @@ def test_nobody_is_admitted_in_a_step_in_which_somebody_gave_way(swap_pages: int
     engine.assert_empty()
 
 
+@step_by_step
 def test_a_victim_leaves_the_plan_and_its_tokens_go_to_others() -> None:
     engine = FakeEngine(FakeMemory(budget=9), max_num_batched_tokens=8, max_num_seqs=4)
     engine.add(make_request("a", 4, 20), make_request("b", 20, 2), make_request("c", 8, 2))
@@ -327,6 +351,7 @@ def test_a_victim_leaves_the_plan_and_its_tokens_go_to_others() -> None:
     engine.assert_empty()
 
 
+@step_by_step
 def test_staged_requests_are_given_back_first() -> None:
     engine = FakeEngine(FakeMemory(budget=20), max_num_seqs=2)
     a, b, c = make_request("a", 4, 9), make_request("b", 4, 2), make_request("c", 4, 4)
@@ -345,6 +370,7 @@ def test_staged_requests_are_given_back_first() -> None:
     engine.assert_empty()
 
 
+@step_by_step
 def test_of_the_staged_the_last_is_given_back() -> None:
     engine = FakeEngine(max_num_seqs=3)
     engine.add(make_request("a", 2, 9), *(make_request(name, 2, 2) for name in "bcde"))
@@ -356,6 +382,7 @@ def test_of_the_staged_the_last_is_given_back() -> None:
     engine.assert_empty()
 
 
+@step_by_step
 def test_who_gave_way_does_not_return_in_the_same_step() -> None:
     engine = FakeEngine(max_num_seqs=3, policy="priority")
     a, b, c = (make_request(name, 2, 9, priority=i) for i, name in enumerate("abc"))
@@ -369,6 +396,7 @@ def test_who_gave_way_does_not_return_in_the_same_step() -> None:
     engine.assert_empty()
 
 
+@step_by_step
 def test_a_lowered_budget_takes_from_those_who_need_nothing_more() -> None:
     engine = FakeEngine(FakeMemory(budget=20))
     engine.add(*(make_request(name, 5, 2) for name in "abc"))
@@ -387,7 +415,7 @@ def test_staging_maps_what_the_next_step_asks_for() -> None:
     while engine.scheduler.has_unfinished:
         prepared = engine.memory.prepared
         plan = engine.step()
-        if engine.steps > 1:  # no stop token and no new request: all is foreseen
+        if engine.steps > 1 and plan.slots:  # no stop token and no new request: all is foreseen
             assert dict(zip(plan.slots, plan.kv_lens, strict=True)) == prepared
     engine.assert_empty()
 
@@ -421,6 +449,7 @@ def test_the_only_one_left_fails_when_it_outgrows_the_budget() -> None:
     engine.assert_empty()
 
 
+@step_by_step
 def test_a_budget_that_shrinks_and_grows() -> None:
     engine = FakeEngine(FakeMemory(budget=20))
     engine.add(*(make_request(name, 8, 8) for name in "abcd"))
@@ -574,6 +603,7 @@ def test_samples_go_on_without_their_source(reason: str) -> None:
     engine.assert_empty()
 
 
+@step_by_step
 def test_a_held_sample_is_aborted_and_its_source_preempted() -> None:
     engine = FakeEngine(FakeMemory(budget=100, prefixes=False), max_num_batched_tokens=8)
     requests = siblings(3, prompt=20)
@@ -603,6 +633,7 @@ def test_a_sample_of_a_finished_source_goes_alone() -> None:
 # Misuse and the queue -----------------------------------------------------------------------------
 
 
+@step_by_step
 def test_steps_out_of_order_are_bugs() -> None:
     engine = FakeEngine()
     engine.add(make_request("a"))
@@ -613,8 +644,14 @@ def test_steps_out_of_order_are_bugs() -> None:
     engine.scheduler.computed(again)
     with pytest.raises(AssertionError, match="only the latest plan"):
         engine.scheduler.computed(again)
+    with pytest.raises(AssertionError, match="has not been sampled"):
+        engine.scheduler.schedule()
+    engine.scheduler.sampled(again)
+    with pytest.raises(AssertionError, match="has not been computed"):
+        engine.scheduler.sampled(again)
     with pytest.raises(AssertionError, match="have not been appended"):
         engine.scheduler.schedule()
+    engine.scheduler.append_tokens(again, [1])
     engine.scheduler.abort("a")
     assert engine.scheduler.schedule().requests == []
 
@@ -659,3 +696,78 @@ def test_a_plan_leaves_the_list_that_it_was_given() -> None:
     plan.remove(second)
     plan.check()
     assert plan.decodes == [first]
+
+
+# A step ahead of the tokens -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def ahead() -> FakeEngine:
+    return FakeEngine(steps_in_flight=1)
+
+
+def test_a_token_is_computed_before_it_has_arrived(ahead: FakeEngine) -> None:
+    request = make_request("a", 4, 3)
+    ahead.add(request)
+    seen = []
+    while ahead.scheduler.has_unfinished:
+        plan = ahead.step()
+        seen.append((len(plan.requests), len(request.output_ids), request.in_flight))
+    # Three steps with a new token each; the fourth only takes the last one.
+    assert seen == [(1, 0, 1), (1, 1, 1), (1, 2, 1), (0, 3, 0)]
+    assert request.tokens == expected_tokens(request)
+    ahead.assert_empty()
+
+
+def test_who_ended_by_a_stop_token_leaves_no_trace_of_the_step_after(ahead: FakeEngine) -> None:
+    request = make_request("a", 4, 20)
+    stop = expected_tokens(request)[7]
+    request.stop_ids = frozenset([stop])
+    ahead.add(request)
+    ahead.run()
+    assert request.tokens == expected_tokens(request)
+    assert request.finish_reason is FinishReason.STOP
+    assert ahead.memory.kept == [request.tokens]  # the stop token included, what follows it not
+    ahead.step()
+    assert (request.tokens, request.in_flight) == (expected_tokens(request), 0)
+    ahead.assert_empty()
+
+
+def test_nobody_gives_way_to_pages_that_the_tokens_in_flight_may_free() -> None:
+    engine = FakeEngine(FakeMemory(budget=4, prefixes=False), steps_in_flight=1)
+    ends, goes_on = make_request("a", 5, 6), make_request("b", 5, 6)
+    ends.stop_ids = frozenset([expected_tokens(ends)[8]])  # when its second page is just not full
+    engine.add(ends, goes_on)
+    ended = engine.run()
+    assert [r.preemptions for r in ended] == [0, 0]
+    assert all(r.tokens == expected_tokens(r) for r in ended)
+    engine.assert_empty()
+
+
+def test_a_preempted_request_waits_for_its_own_token() -> None:
+    engine = FakeEngine(FakeMemory(budget=1000), steps_in_flight=1)
+    a, b = make_request("a", 4, 6), make_request("b", 4, 6)
+    engine.add(a, b)
+    engine.step()
+    engine.scheduler._preempt(b)
+    assert b.in_flight == 1
+    plan = engine.scheduler.schedule()
+    assert ids(plan.requests) == ["a"]  # there is room, but nobody knows what b goes on with
+    engine.run()
+    assert (a.tokens, b.tokens) == (expected_tokens(a), expected_tokens(b))
+    engine.assert_empty()
+
+
+def test_a_step_that_fails_takes_only_its_own_with_it(ahead: FakeEngine) -> None:
+    a, b = make_request("a", 4, 6), make_request("b", 4, 1)
+    ahead.add(a, b)
+    ahead.step()
+    plan = ahead.scheduler.schedule()
+    assert ids(plan.requests) == ["a"]  # b has its last token in flight
+    ahead.scheduler.computed(plan)
+    ahead.scheduler.fail(plan, "it went wrong")
+    ahead.check()
+    ahead.run()
+    assert (a.finish_reason, a.error) == (FinishReason.ERROR, "it went wrong")
+    assert (b.finish_reason, b.tokens) == (FinishReason.LENGTH, expected_tokens(b))
+    ahead.assert_empty()

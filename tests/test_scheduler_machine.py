@@ -55,6 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "priority"]),
         chunked=st.booleans(),
         stage_ahead=st.booleans(),
+        steps_in_flight=st.integers(0, 1),
     )
     def start(
         self,
@@ -66,6 +67,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy: str,
         chunked: bool,
         stage_ahead: bool,
+        steps_in_flight: int,
     ) -> None:
         memory = FakeMemory(
             budget, PAGE_TOKENS, slots=max_num_seqs + 2, swap_pages=swap_pages, prefixes=prefixes
@@ -79,6 +81,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             policy=policy,
             enable_chunked_prefill=chunked,
             stage_ahead=stage_ahead,
+            steps_in_flight=steps_in_flight,
         )
 
     @rule(
@@ -175,7 +178,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         left = [request for request in self.requests if not request.finished]
         # Each step computes a token of the first in order, who never gives way.
-        self.engine.run(most_steps=sum(2 * request.limit for request in left) + 2)
+        self.engine.run(most_steps=sum(4 * request.limit for request in left) + 4)
         self.engine.assert_empty()
         assert sorted(self.engine.ended, key=id) == sorted(self.requests, key=id)
         for request in self.requests:

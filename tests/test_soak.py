@@ -12,6 +12,9 @@ CASES: list[dict[str, Any]] = [
     {"kind": "host_strict"},
     {"kind": "host_strict", "window": True, "policy": "priority"},
     {"kind": "cuda_fake", "window": True},
+    {"kind": "host_strict", "ahead": True},
+    {"kind": "host_strict", "window": True, "policy": "priority", "ahead": True},
+    {"kind": "cuda_fake", "window": True, "ahead": True},
 ]
 
 

@@ -200,6 +200,8 @@ class LLM:
                 the LLM was closed.
         """
         self._check_open()
+        if not isinstance(kind, OutputKind):
+            raise ValueError(f"kind={kind!r} must be OutputKind.CUMULATIVE or OutputKind.DELTA")
         return self._stream(prompts, sampling_params, kind, priority, timeout_s)
 
     def _stream(

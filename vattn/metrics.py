@@ -11,7 +11,8 @@ class EngineStats:
     """Figures of an engine at one moment.
 
     ``num_running`` and ``num_waiting`` are requests now; the rest counts since the start. Hits and
-    queries of the prefix cache are counted in prompt tokens. ``cache`` holds the figures of the KV
+    queries of the prefix cache are counted in prompt tokens. ``steps_by_graph`` are those that were
+    launched as one CUDA graph. ``cache`` holds the figures of the KV
     cache (:class:`vattn.kv.report.CacheStats`).
     """
 
@@ -29,4 +30,6 @@ class EngineStats:
     requests_swapped_out: int
     requests_swapped_in: int
     swap_used_bytes: int
+    graphs_captured: int
+    steps_by_graph: int
     cache: Any

@@ -186,6 +186,14 @@ NoPrefixCaching: TypeAlias = Annotated[
         help="Do not reuse what finished prompts and texts left in memory.",
     ),
 ]
+EnforceEager: TypeAlias = Annotated[
+    bool,
+    option(
+        "--enforce-eager",
+        panel=_MEMORY,
+        help="No CUDA graphs: begin sooner, decode slower.",
+    ),
+]
 Order: TypeAlias = Annotated[
     str | None,
     option(

@@ -46,6 +46,7 @@ class Request:
     budget_bytes: int | None
     swap_space: float | None
     prefix_caching: bool
+    enforce_eager: bool
     order: str | None
     memory_map: bool
     stats: bool
@@ -80,6 +81,7 @@ def generate(
     budget: flags.Budget = None,
     swap_space: flags.SwapSpace = None,
     no_prefix_caching: flags.NoPrefixCaching = False,
+    enforce_eager: flags.EnforceEager = False,
     order: flags.Order = None,
     memory_map: flags.MemoryMap = False,
     stats: flags.Stats = True,
@@ -113,6 +115,7 @@ def generate(
         budget_bytes=size("--budget", budget),
         swap_space=swap_space,
         prefix_caching=not no_prefix_caching,
+        enforce_eager=enforce_eager,
         order=order,
         memory_map=memory_map,
         stats=stats,

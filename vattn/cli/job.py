@@ -16,7 +16,7 @@ from vattn.cli.console import BadInput, CliError, notes, one_line
 from vattn.cli.generate import Request
 from vattn.cli.run import Run, sampling_params
 from vattn.cli.session import Session
-from vattn.engine.engine import AHEAD_BYTES
+from vattn.engine.setup import AHEAD_BYTES
 from vattn.hf.checks import longest_sequence
 from vattn.llm import LLM
 
@@ -158,6 +158,7 @@ def open_engine(
                 max_num_batched_tokens=request.max_num_batched_tokens,
                 swap_space=request.swap_space,
                 enable_prefix_caching=request.prefix_caching,
+                enforce_eager=request.enforce_eager,
                 order=request.order,
                 seed=request.seed,
             )

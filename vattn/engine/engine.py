@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import operator
-import random
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-
 from vattn._core import DriverError
-from vattn.attention.base import Backend
 from vattn.attention.select import choose
-from vattn.config import format_bytes, parse_bytes
+from vattn.engine.batch import pack
 from vattn.engine.config import EngineConfig
+from vattn.engine.graphs import can_capture
+from vattn.engine.intake import Intake
 from vattn.engine.memory import MemoryManager
 from vattn.engine.outputs import OutputProcessor
 from vattn.engine.runner import ModelRunner
-from vattn.engine.sampler import Sampler, derive_seed
+from vattn.engine.sampled import Arriving
+from vattn.engine.sampler import Sampler
 from vattn.engine.scheduler import Plan, Scheduler
+from vattn.engine.setup import make_cache, make_pool, max_model_len, model_forward
 from vattn.hf.model import LoadedModel
-from vattn.kv.cache import KVCache
-from vattn.kv.pool import PagePool, open_driver
+from vattn.kv.pool import PagePool
 from vattn.kv.swap import SwapSpace
 from vattn.metrics import EngineStats
 from vattn.request import FinishReason, Request, SamplingParams
 
-# Slots beside those that may run, to keep finished sequences as prefix cache: addresses only.
-_KEPT_SLOTS_PER_SEQ = 3
-_MIN_KEPT_SLOTS = 64
 _PAUSE_S = 0.001
 _SWAP_GIB = {"cpu": 0.0, "cuda": 4.0}
-# On a GPU, pages are created ahead of need, in the background: creating one costs as much as fifty
-# mappings, and a batch that fills up wants gigabytes in a second.
-AHEAD_BYTES = {"cpu": 0, "cuda": 4 << 30}
 
 
 class Engine:
@@ -65,10 +56,10 @@ class Engine:
     ) -> None:
         self.loaded = loaded
         self.config = config
-        self.max_model_len = _max_model_len(loaded, config)
+        self.max_model_len = max_model_len(loaded, config)
         backend = choose(loaded.specs, loaded.device, config.order, name=config.attention_backend)
         if pool is None:
-            pool = _make_pool(loaded.device, config)
+            pool = make_pool(loaded.device, config)
         elif (
             config.page_bytes
             or config.kv_cache_memory_bytes
@@ -84,7 +75,8 @@ class Engine:
                 f"the pool given is on {pool.device}, and the model on {loaded.device}; make them "
                 "agree"
             )
-        self.cache = _make_cache(loaded, config, self.max_model_len, backend, pool)
+        graphs = not config.enforce_eager and backend.graphs and can_capture(loaded.device)
+        self.cache = make_cache(loaded, config, self.max_model_len, backend, pool, graphs)
         swap_gib = config.swap_space
         if swap_gib is None:
             swap_gib = _SWAP_GIB[loaded.device.type]
@@ -92,7 +84,11 @@ class Engine:
             self.cache,
             prefix_caching=config.enable_prefix_caching,
             swap=SwapSpace(int(swap_gib * 2**30), pinned=loaded.device.type == "cuda"),
+            scratch=graphs,
         )
+        self.is_async = config.async_scheduling
+        if self.is_async is None:
+            self.is_async = loaded.device.type == "cuda"
         self.scheduler = Scheduler(
             self.memory,
             max_num_seqs=config.max_num_seqs,
@@ -101,14 +97,29 @@ class Engine:
             policy=config.scheduling_policy,
             enable_chunked_prefill=config.enable_chunked_prefill,
             stage_ahead=config.prepare_ahead,
+            steps_in_flight=int(self.is_async),
         )
-        self.runner = ModelRunner(loaded, self.cache, backend)
+        self.runner = ModelRunner(
+            loaded,
+            self.cache,
+            backend,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=self.max_model_len,
+            scratch_slot=self.memory.scratch_slot,
+            capture_sizes=config.cudagraph_capture_sizes,
+            graphs=graphs,
+            forward=model_forward(loaded, config),
+        )
+        self.runner.capture(show_progress=True)
         self.sampler = Sampler(loaded.vocab_size, loaded.device)
         self.outputs = OutputProcessor(tokenizer)
-        self._seeds = random.Random(config.seed)
+        self._intake = Intake(
+            loaded, config, self.max_model_len, has_tokenizer=tokenizer is not None
+        )
         self._inbox: list[Request | str] = []
         self._inbox_lock = threading.Lock()
         self._samples: dict[str, list[Request]] = {}  # unfinished, by the prompt's name
+        self._in_flight: _Launched | None = None
         self._steps = self._prompt_tokens = self._generation_tokens = 0
 
     # Requests -------------------------------------------------------------------------------------
@@ -136,74 +147,14 @@ class Engine:
         Raises:
             ValueError: a prompt or parameters that this model cannot serve.
         """
-        ids = self._checked_prompt(prompt_ids)
-        self._check_params(params, priority)
-        if timeout_s is not None and not 0 < timeout_s < math.inf:
-            raise ValueError(f"timeout_s={timeout_s!r} must be a positive number of seconds")
-        now = time.monotonic()
-        seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
-        most = self.max_model_len - len(ids)
-        stop_ids = frozenset(params.stop_ids)
-        if not params.ignore_eos:
-            stop_ids |= self.loaded.eos_token_ids
-        requests: list[Request] = []
-        for index in range(params.n):
-            request = Request(
-                id=name if params.n == 1 else f"{name}.{index}",
-                prompt_ids=ids,
-                params=params,
-                limit=len(ids) + min(params.max_tokens or most, most),
-                index=index,
-                seed=derive_seed(seed, index),
-                stop_ids=stop_ids,
-                priority=priority,
-                deadline_s=None if timeout_s is None else now + timeout_s,
-                cache_salt=cache_salt,
-                source=requests[0] if requests else None,
-                logprobs=None if params.logprobs is None else [],
-            )
-            request.timings.arrival_s = now
-            requests.append(request)
-        return requests
-
-    def _checked_prompt(self, prompt_ids: Sequence[int]) -> list[int]:
-        try:
-            ids = [operator.index(token) for token in prompt_ids]
-        except TypeError as error:
-            raise ValueError(f"the prompt has something that is no token id: {error}") from error
-        if any(isinstance(token, bool) for token in prompt_ids):
-            raise ValueError("the prompt has True or False in it, which are no token ids")
-        if not ids:
-            raise ValueError("the prompt is empty; give at least one token")
-        if len(ids) >= self.max_model_len:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens, and max_model_len={self.max_model_len} leaves "
-                "no room for a new one; shorten it, or raise max_model_len if the model allows it"
-            )
-        if min(ids) < 0 or max(ids) >= self.loaded.vocab_size:
-            bad = next(t for t in ids if not 0 <= t < self.loaded.vocab_size)
-            raise ValueError(
-                f"token id {bad} is not one of the {self.loaded.vocab_size} of this model"
-            )
-        return ids
-
-    def _check_params(self, params: SamplingParams, priority: int) -> None:
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params={params!r} is not a vattn.SamplingParams")
-        if params.stop_strings and self.outputs.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer; use stop_token_ids")
-        if isinstance(priority, bool) or not hasattr(priority, "__index__"):
-            raise ValueError(f"priority={priority!r} must be a whole number")
-        if priority and self.config.scheduling_policy != "priority":
-            raise ValueError(
-                f'priority={priority} needs scheduling_policy="priority"; this engine serves first '
-                "come, first served"
-            )
-        for token in params.stop_ids:
-            if token >= self.loaded.vocab_size:
-                raise ValueError(
-                    f"stop_token_ids has {token}, not one of the {self.loaded.vocab_size} tokens"
-                )
+        return self._intake.make_requests(
+            name,
+            prompt_ids,
+            params,
+            priority=priority,
+            cache_salt=cache_salt,
+            timeout_s=timeout_s,
+        )
 
     def add(self, request: Request) -> None:
         """Queues a request. It is scheduled from the next step on."""
@@ -222,12 +173,14 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether a step would have something to do or to tell."""
-        return bool(self._inbox) or self.scheduler.has_unfinished
+        return bool(self._inbox) or self.scheduler.has_unfinished or self._in_flight is not None
 
     # Steps ----------------------------------------------------------------------------------------
 
     def step(self) -> list[Request]:
         """Runs the model once over what is scheduled.
+
+        With asynchronous scheduling it launches this step, then takes the tokens of the one before.
 
         Returns:
             The requests with new tokens, and those that have ended for any reason.
@@ -238,19 +191,20 @@ class Engine:
             # Whatever was interrupted, nothing half-done is left, and no K or V that was not
             # computed is found by the next request.
             text = f"the engine was interrupted: {type(error).__name__}: {error}"
+            self._in_flight = None
             self.scheduler.lose_all(text)
             with contextlib.suppress(DriverError):  # after a fatal one there is nothing to save
                 self.memory.lose_all()
             raise
 
     def _step(self) -> list[Request]:
-        news: list[Request] = []
         if self._inbox:
             self._take_inbox()
         plan = self.scheduler.schedule()
-        if plan.slots:
-            self._steps += 1
-            news = self._run(plan)
+        launched = self._launch(plan) if plan.slots else None
+        if self.is_async:
+            launched, self._in_flight = self._in_flight, launched
+        news = [] if launched is None else self._take(launched)
         ended = self.scheduler.take_finished()
         if ended:
             seen = set(map(id, news))
@@ -258,9 +212,16 @@ class Engine:
             self.outputs.ended(ended)
             for request in ended:
                 self._forget_sample(request)
-        elif not plan.slots:
+            self._drop_in_flight()
+        elif not plan.slots and launched is None:
             time.sleep(_PAUSE_S)  # what is waiting needs pages that are in use elsewhere
         return news
+
+    def _drop_in_flight(self) -> None:
+        """Forgets a step that computed a token in vain for requests that have all ended."""
+        if self._in_flight is not None and not self.scheduler.has_unfinished:
+            self.scheduler.drop(self._in_flight.plan)
+            self._in_flight = None
 
     def _take_inbox(self) -> None:
         with self._inbox_lock:
@@ -289,26 +250,33 @@ class Engine:
             if not samples:
                 del self._samples[name]
 
-    def _run(self, plan: Plan) -> list[Request]:
-        """Forward, sampling and bookkeeping of one step; the requests that got a token."""
-        slots, query_lens, kv_lens, input_ids, logit_rows = _pack(plan)
-        decodes, sampling = len(plan.decodes), plan.sampling
+    def _launch(self, plan: Plan) -> _Launched | None:
+        """Forward and sampling of a step; None if it went wrong, or nobody gets a token."""
+        self._steps += 1
+        batch = pack(plan)
         self.scheduler.computed(plan)
         try:
-            logits = self.runner.run(slots, query_lens, kv_lens, decodes, input_ids, logit_rows)
+            logits = self.runner.run(batch)
+            arriving = None
+            if plan.sampling:
+                sampled = self.sampler.sample(logits, plan.sampling)
+                self.runner.remember(batch, sampled.token_ids)
+                arriving = sampled.send()
+            self.scheduler.sampled(plan)
             # The device works now. What is staged may copy what this step writes, so not earlier.
             prompt_ends = self.memory.last_prompt_tokens(plan.decodes)
             self.memory.index_prompts()
             self._stage()
-            sampled = self.sampler.sample(logits, sampling).to_host() if sampling else None
         except DriverError as error:
             if error.fatal:
                 raise
-            return self._fail(plan, error)
+            self._fail(plan, error)
+            return None
         except Exception as error:
-            return self._fail(plan, error)
-        self._prompt_tokens += len(input_ids) - decodes + prompt_ends
-        return self._take(sampling, sampled) if sampled is not None else []
+            self._fail(plan, error)
+            return None
+        self._prompt_tokens += len(batch.input_ids) - len(plan.decodes) + prompt_ends
+        return None if arriving is None else _Launched(plan, arriving)
 
     def _stage(self) -> None:
         """Staging can wait; what the step computes is sound whatever becomes of it."""
@@ -318,8 +286,15 @@ class Engine:
             if error.fatal:
                 raise
 
-    def _take(self, sampling: list[Request], sampled: Any) -> list[Request]:
-        """Appends the sampled tokens and ends what is complete."""
+    def _take(self, launched: _Launched) -> list[Request]:
+        """Appends the tokens of a step and ends what is complete; the requests that got one."""
+        plan = launched.plan
+        try:
+            sampled = launched.arriving.wait()
+        except Exception as error:
+            self._fail(plan, error)
+            return []
+        sampling = plan.sampling
         for row in sampled.bad_rows():
             self.scheduler.finish(
                 sampling[row],
@@ -327,8 +302,9 @@ class Engine:
                 error="no token can be sampled: the model's logits are not finite (check its "
                 "weights and dtype), or min_tokens and stop_token_ids exclude every token",
             )
-        self._generation_tokens += len(sampling)
-        self.scheduler.append_tokens(sampling, sampled.token_ids)
+        news = [request for request in sampling if not request.finished]
+        self._generation_tokens += len(news)
+        self.scheduler.append_tokens(plan, sampled.token_ids)
         for request, stop in self.outputs.process(sampling, sampled):
             if isinstance(stop, Exception):
                 text = f"the tokenizer cannot decode its tokens: {stop}"
@@ -337,20 +313,18 @@ class Engine:
                 self.scheduler.restate(request, stop)
             else:
                 self.scheduler.finish(request, FinishReason.STOP, stop_reason=stop)
-        return sampling
+        return news
 
-    def _fail(self, plan: Plan, error: Exception) -> list[Request]:
+    def _fail(self, plan: Plan, error: Exception) -> None:
         """The step went wrong: what its requests hold is not to be trusted."""
-        text = f"the step failed: {type(error).__name__}: {error}"
-        for request in [*plan.decodes, *(r for r, _ in plan.chunks)]:
-            self.scheduler.finish(request, FinishReason.ERROR, error=text)
-        return []
+        self.scheduler.fail(plan, f"the step failed: {type(error).__name__}: {error}")
 
     # Reports --------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
         """Figures of this moment."""
         scheduler, memory = self.scheduler.stats(), self.memory.counters
+        graphs = self.runner.graph_stats
         return EngineStats(
             num_running=scheduler.running,
             num_waiting=scheduler.waiting,
@@ -366,6 +340,8 @@ class Engine:
             requests_swapped_out=memory.swapped_out,
             requests_swapped_in=memory.swapped_in,
             swap_used_bytes=self.memory.swap.used_bytes,
+            graphs_captured=graphs.captured,
+            steps_by_graph=graphs.replayed,
             cache=self.cache.stats(),
         )
 
@@ -379,89 +355,13 @@ class Engine:
         if self._inbox:
             self._take_inbox()
         self.scheduler.abort_all()
+        self._drop_in_flight()
         self.cache.close()
 
 
-def _pack(plan: Plan) -> tuple[Any, Any, Any, Any, Any]:
-    """A plan as the arrays that :meth:`vattn.engine.runner.ModelRunner.run` takes."""
-    decodes = len(plan.decodes)
-    ids = [r.tokens[-1] for r in plan.decodes]
-    query_lens = [1] * decodes
-    rows = list(range(decodes))
-    for request, n in plan.chunks:
-        first = request.computed
-        query_lens.append(n)
-        ids += request.tokens[first : first + n]
-        if first + n == len(request.tokens):
-            rows.append(len(ids) - 1)
-    return (
-        np.array(plan.slots, np.int32),
-        np.array(query_lens, np.int32),
-        np.array(plan.kv_lens, np.int32),
-        np.array(ids, np.int64),
-        np.array(rows, np.int64),
-    )
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step whose tokens have not been taken."""
 
-
-def _max_model_len(loaded: LoadedModel, config: EngineConfig) -> int:
-    limit, asked = loaded.max_positions, config.max_model_len
-    if asked is not None and limit is not None and asked > limit:
-        raise ValueError(
-            f"max_model_len={asked} is beyond the {limit} positions that the model was made for"
-        )
-    if asked is None and limit is None:
-        raise ValueError("the model does not say how long it can get; give max_model_len")
-    length = asked if asked is not None else limit
-    assert length is not None
-    return length
-
-
-def _make_pool(device: torch.device, config: EngineConfig) -> PagePool:
-    driver = open_driver(device, strict=config.strict)
-    return PagePool(
-        device,
-        driver=driver,
-        page_bytes=config.page_bytes,
-        budget_bytes=_budget_bytes(config, driver),
-        ahead_bytes=AHEAD_BYTES[device.type],
-    )
-
-
-def _make_cache(
-    loaded: LoadedModel, config: EngineConfig, tokens: int, backend: Backend, pool: PagePool
-) -> KVCache:
-    """The KV cache, with as many slots for kept sequences as kernels can address."""
-    kept = max(_MIN_KEPT_SLOTS, _KEPT_SLOTS_PER_SEQ * config.max_num_seqs)
-    choices = [kept, kept // 2, kept // 4, 0] if config.enable_prefix_caching else [0]
-    for extra in choices:
-        try:
-            return KVCache(
-                loaded.layer_specs(),
-                max_seqs=config.max_num_seqs + extra,
-                max_tokens=tokens,
-                pool=pool,
-                order=config.order or backend.order,
-                layers_per_region=config.layers_per_region,
-                kv_tile_tokens=backend.kv_tile_tokens,
-            )
-        except ValueError:
-            if extra == 0:
-                raise
-    raise AssertionError("unreachable")
-
-
-def _budget_bytes(config: EngineConfig, driver: Any) -> int | None:
-    """The KV cache's budget; None for the pool's default."""
-    if config.kv_cache_memory_bytes is not None:
-        return parse_bytes(config.kv_cache_memory_bytes, "kv_cache_memory_bytes")
-    share = config.gpu_memory_utilization
-    if share is None:
-        return None
-    free, total = driver.memory_info()
-    budget: int = int(total * share) - (total - free)
-    if budget <= 0:
-        raise ValueError(
-            f"gpu_memory_utilization={share} of {format_bytes(total)} leaves nothing for the KV "
-            f"cache: {format_bytes(total - free)} are in use; raise it, or free memory"
-        )
-    return budget
+    plan: Plan
+    arriving: Arriving

@@ -63,9 +63,12 @@ class MemoryManager:
         cache: with more slots than sequences run at once if prefixes are to be kept.
         prefix_caching: finished sequences are kept, and new ones share what they can.
         swap: host memory for preempted sequences.
+        scratch: set a slot apart, with one token, for the padding rows of captured graphs.
     """
 
-    def __init__(self, cache: KVCache, *, prefix_caching: bool, swap: SwapSpace) -> None:
+    def __init__(
+        self, cache: KVCache, *, prefix_caching: bool, swap: SwapSpace, scratch: bool = False
+    ) -> None:
         self.cache = cache
         self.prefix_caching = prefix_caching
         self.swap = swap
@@ -76,6 +79,13 @@ class MemoryManager:
         self._fresh: list[Request] = []  # whose prompts are not computed yet
         self._tickets: list[Ticket] = []
         self._trouble: DriverError | None = None  # why the latest grow() failed, if not for pages
+        self.scratch_slot: int | None = cache.max_seqs - 1 if scratch else None
+        self._open_scratch()
+
+    def _open_scratch(self) -> None:
+        if self.scratch_slot is not None:
+            self.cache.open(slot=self.scratch_slot)
+            self.cache.ensure(self.scratch_slot, 1)
 
     # Admission ------------------------------------------------------------------------------------
 
@@ -210,7 +220,7 @@ class MemoryManager:
         )
         available = self.cache.pool.core.available_pages()
         if self._owners:
-            prefills = [r for r in self._owners.values() if len(r.tokens) - r.computed > 1]
+            prefills = [r for r in self._owners.values() if r.uncomputed > 1]
             if prefills:
                 available -= self.cache.pages_needed_many(
                     [r.slot for r in prefills], [min(len(r.tokens) + 1, r.limit) for r in prefills]
@@ -322,7 +332,7 @@ class MemoryManager:
         """How many of the decodes of a step compute the last token of a prompt."""
         if not self._fresh:
             return 0
-        return sum(len(r.tokens) == len(r.prompt_ids) for r in decodes)
+        return sum(r.computed == len(r.prompt_ids) for r in decodes)
 
     def index_prompts(self) -> None:
         """After a launch: others may share what it has computed of prompts."""
@@ -360,7 +370,9 @@ class MemoryManager:
             self.cache.truncate(request.slot, request.computed)
 
     def _let_go(self, request: Request, *, keep: bool) -> None:
-        slot, tokens = request.slot, request.computed
+        slot = request.slot
+        # A token that is still in flight could not be found again.
+        request.computed = tokens = min(request.computed, len(request.tokens))
         self._cut(request)
         if not keep:
             self.cache.mark_dirty(slot)
@@ -417,11 +429,12 @@ class MemoryManager:
         self.index = PrefixIndex()
         self._owners, self._fresh, self._trouble = {}, [], None
         self.swap = SwapSpace(self.swap.capacity_bytes, pinned=self.swap.pinned)
+        self._open_scratch()  # captured graphs know it by its number
 
     def reset_prefix_cache(self) -> None:
         """Forgets every kept sequence; running ones go on."""
         for slot in range(self.cache.max_seqs):
-            if slot not in self._owners and slot in self.index:
+            if slot not in self._owners and slot in self.index:  # never the scratch slot
                 self.index.remove(slot)
                 self.cache.forget(slot)
 
@@ -435,7 +448,9 @@ class MemoryManager:
         self.index.check()
         self.swap.check()
         open_slots = self.cache.stats().open_slots
-        assert open_slots == len(self._owners), (open_slots, self._owners)
+        scratch = self.scratch_slot is not None
+        assert open_slots == len(self._owners) + scratch, (open_slots, self._owners)
+        assert self.scratch_slot not in self._owners, self.scratch_slot
         for slot, request in self._owners.items():
             assert request.slot == slot, request
             assert request.computed <= self.cache.tokens(slot) or request.computed == 0, request

@@ -72,12 +72,12 @@ class Memory(Protocol):
         ...
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Plan:
     """What one step computes.
 
     Args:
-        decodes: requests with one token left to compute, by slot.
+        decodes: requests with one token left to compute, by slot. It may still be in flight.
         chunks: of prefills, and how many tokens of each.
 
     The lists over all of them have the decodes first, then the chunks. ``remove`` makes new lists,
@@ -136,7 +136,7 @@ class Plan:
         assert self.slots == [r.slot for r in self.requests], self.slots
         assert len(set(self.slots)) == len(self.slots), self.slots
         assert sum(self.kv_lens) == sum([r.computed for r in self.requests]) + self.tokens
-        assert all(n <= len(r.tokens) for n, r in zip(self.kv_lens, self.requests, strict=True))
+        assert all(n <= r.length for n, r in zip(self.kv_lens, self.requests, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

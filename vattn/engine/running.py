@@ -23,6 +23,11 @@ class RunningSet:
         self._prefills: list[Request] = []
         self._is_sorted = True
 
+    @property
+    def active(self) -> int:
+        """How many have something to compute; the others wait for their last token."""
+        return len(self.decodes) + len(self.prefills)
+
     def __len__(self) -> int:
         return len(self._members)
 
@@ -31,7 +36,10 @@ class RunningSet:
 
     @property
     def decodes(self) -> list[Request]:
-        """Those with one token to compute, or in flight, by slot. Changes make a new list."""
+        """Those with one token to compute, known or in flight, by slot.
+
+        Changes make a new list. The last token of a request is not computed.
+        """
         if not self._is_sorted:
             self._sort()
         return self._decodes
@@ -45,8 +53,8 @@ class RunningSet:
 
     def _sort(self) -> None:
         members = self._members.values()
-        decodes = [r for r in members if r.computed + 1 >= len(r.tokens)]
-        prefills = [r for r in members if r.computed + 1 < len(r.tokens)]
+        decodes = [r for r in members if r.uncomputed <= 1 and r.length < r.limit]
+        prefills = [r for r in members if r.uncomputed > 1]
         self._decodes = sorted(decodes, key=by_slot)
         self._prefills = sorted(prefills, key=self._order)
         self._is_sorted = True
@@ -66,6 +74,10 @@ class RunningSet:
         del self._members[request.id]
         self._is_sorted = False
 
+    def changed(self) -> None:
+        """Somebody's length has changed so that it belongs elsewhere."""
+        self._is_sorted = False
+
     def advance(self, request: Request, tokens: int) -> None:
         """Counts a chunk of a prefill as computed."""
         request.computed += tokens
@@ -77,7 +89,8 @@ class RunningSet:
         assert all(self._members[r.id] is r for r in self), self._members
         assert all(r.status is Status.RUNNING for r in self), self._members
         if self._is_sorted:
-            assert {*self._decodes, *self._prefills} == set(self), self._members
+            waiting = {r for r in self if r.length == r.limit}
+            assert {*self._decodes, *self._prefills} == set(self) - waiting, self._members
             assert self._decodes == sorted(self._decodes, key=by_slot), self._decodes
             assert all(r.uncomputed <= 1 for r in self._decodes), self._decodes
             assert all(r.uncomputed > 1 for r in self._prefills), self._prefills

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from vattn.request import Logprob
+
+cuda: Any = torch.cuda  # parts of it are untyped
 
 
 @dataclass(frozen=True)
@@ -39,21 +42,59 @@ class Sampled:
     bad: torch.Tensor
     logprobs: Logprobs | None = None
 
-    def to_host(self) -> HostSampled:
-        """The same as Python and numpy values, by one copy."""
+    def send(self) -> Arriving:
+        """Starts one copy of everything to the host, and does not wait for it."""
         tokens = torch.where(self.bad, -1, self.token_ids)
-        if self.logprobs is None:
-            return HostSampled(tokens.tolist())
         given = self.logprobs
+        if given is None:
+            return Arriving(tokens)
         floats = torch.cat([given.logprob, given.top_logprobs.flatten()])
         parts = [tokens, given.rank, given.top_ids.flatten(), floats.double().view(torch.int64)]
-        packed = torch.cat(parts).cpu().numpy()
-        lengths = [len(part) for part in parts]
-        tokens_, ranks, top_ids, reals = np.split(packed, np.cumsum(lengths)[:-1])
-        reals = reals.view(np.float64)
+        return Arriving(torch.cat(parts), len(tokens), given)
+
+    def to_host(self) -> HostSampled:
+        """The same as Python and numpy values; waits for the device."""
+        return self.send().wait()
+
+
+class Arriving:
+    """Sampled tokens on their way to the host.
+
+    Args:
+        packed: int64 on the device: tokens, and log probabilities if there are any.
+        rows: how many tokens; None for all of ``packed``.
+        logprobs: their shapes.
+    """
+
+    __slots__ = ("_arrived", "_logprobs", "_packed", "_rows")
+
+    def __init__(
+        self, packed: torch.Tensor, rows: int | None = None, logprobs: Logprobs | None = None
+    ) -> None:
+        self._rows, self._logprobs = rows, logprobs
+        self._arrived: Any = None  # an event of CUDA
+        self._packed = packed
+        if packed.is_cuda:
+            # Into pinned memory: to any other the copy would wait for the device.
+            self._packed = torch.empty(packed.shape, dtype=torch.int64, pin_memory=True)
+            self._packed.copy_(packed, non_blocking=True)
+            self._arrived = cuda.Event()
+            self._arrived.record()
+
+    def wait(self) -> HostSampled:
+        """What was sampled, as Python and numpy values."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        given, packed = self._logprobs, self._packed
+        if given is None:
+            return HostSampled(packed.tolist())
+        assert self._rows is not None
         shape = given.top_ids.shape
+        ends = np.cumsum([self._rows, shape[0], shape[0] * shape[1]])
+        tokens, ranks, top_ids, reals = np.split(packed.numpy(), ends)
+        reals = reals.view(np.float64)
         return HostSampled(
-            tokens_.tolist(),
+            tokens.tolist(),
             HostLogprobs(
                 index={row: i for i, row in enumerate(given.rows)},
                 counts=given.counts,

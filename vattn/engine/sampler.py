@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from vattn.attention.upload import Uploader
 from vattn.engine.draw import derive_seed, pick, stream_keys, uniforms
 from vattn.engine.filters import Filters
 from vattn.engine.sampled import Logprobs, Sampled
@@ -27,7 +28,8 @@ class LogitsProcessor(Protocol):
     """A change of logits before sampling; it may change what a greedy row takes.
 
     Penalties, biases, masks of structured output and the like are processors; the sampler applies
-    them in the order in which it was given them.
+    them in the order in which it was given them. With asynchronous scheduling a request's latest
+    token may be missing in ``tokens``; ``length`` counts it.
     """
 
     def update(self, requests: Sequence[Request]) -> bool:
@@ -56,13 +58,13 @@ class MinTokens:
         for row, request in enumerate(requests):
             if request.params.min_tokens and request.stop_ids:
                 length = len(request.prompt_ids) + request.params.min_tokens
-                if len(request.tokens) < length:
+                if request.length < length:
                     self._waiting.append((row, request, length))
         return bool(self._waiting)
 
     def apply(self, logits: torch.Tensor, requests: Sequence[Request]) -> None:
         """See :class:`LogitsProcessor`."""
-        self._waiting = [entry for entry in self._waiting if len(entry[1].tokens) < entry[2]]
+        self._waiting = [entry for entry in self._waiting if entry[1].length < entry[2]]
         rows = [row for row, _, _ in self._waiting]
         if not rows:
             return
@@ -107,11 +109,11 @@ class _Batch:
             self.scaled = any(value != 1 for value in inverse)
             self.filters = Filters([r.params for r in self.drawn], vocab_size, device)
 
-    def uniforms(self, device: torch.device) -> torch.Tensor:
+    def uniforms(self, upload: Uploader) -> torch.Tensor:
         """float64 ``[drawn]``: of each request's seed and the number of its tokens so far."""
-        lengths = np.array([len(request.tokens) for request in self.drawn])
-        values = uniforms(self.keys, lengths - self.prompts)
-        return torch.from_numpy(values).to(device, non_blocking=True)
+        lengths = np.array([request.length for request in self.drawn])
+        (values,) = upload(uniforms(self.keys, lengths - self.prompts))
+        return values
 
 
 class Sampler:
@@ -132,6 +134,7 @@ class Sampler:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         self.processors = [MinTokens(vocab_size, self.device), *processors]
+        self._upload = Uploader(self.device)
         self._active: list[LogitsProcessor] = []
         self._batch = _Batch([], vocab_size, self.device)
 
@@ -140,7 +143,7 @@ class Sampler:
         """The next token of each request.
 
         What is drawn depends on nothing but the row's logits and parameters, its request's seed,
-        and how many tokens that has so far.
+        and how many tokens that has so far, those in flight included.
 
         Args:
             logits: float ``[R, V]``, of the requests in their order; overwritten.
@@ -195,7 +198,7 @@ class Sampler:
         if batch.filters:
             lowest = batch.filters.lowest(logits, probs)
             probs.mul_(logits.ge_(lowest))
-        tokens, total = pick(probs, batch.uniforms(self.device))
+        tokens, total = pick(probs, batch.uniforms(self._upload))
         return tokens, ~(total.isfinite() & (total > 0))
 
     def _logprobs(self, batch: _Batch, raw: torch.Tensor, tokens: torch.Tensor) -> Logprobs:

@@ -4,11 +4,17 @@ The policy is :meth:`Scheduler.schedule`: a budget of tokens per step, spent on 
 first, in the manner of vLLM V1. One step of an engine::
 
     plan = scheduler.schedule()
-    ...  # launch
     scheduler.computed(plan)
+    ...  # launch the model
+    scheduler.sampled(plan)  # its tokens are on their way
     scheduler.stage()  # maps for the next step while the device computes this one
-    scheduler.append_tokens(plan.sampling, tokens)  # when they arrive
+    scheduler.append_tokens(plan, tokens)  # when they have arrived
     for request in scheduler.take_finished(): ...
+
+With ``steps_in_flight=1`` the next step is scheduled before these tokens arrive. Requests that end
+by their length are not in it, since that is known beforehand; those that turn out to have ended by
+a stop token or string computed one token in vain, which is dropped. Their slots are released after
+that step was launched, so the event that guards the release comes after all that could touch them.
 
 Why nobody starves: who came first (by the policy's order) among the running never gives way to
 another and is in every plan, so it ends; and nobody is admitted past the head of the queue.
@@ -17,7 +23,7 @@ another and is in every plan, so it ends; and nobody is admitted past the head o
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, Literal
@@ -53,6 +59,7 @@ class Scheduler:
             number when sequences or pages are short.
         enable_chunked_prefill: prompts may be cut to what a step has left.
         stage_ahead: :meth:`stage` does something. Off only to compare.
+        steps_in_flight: launched steps whose tokens may be missing when the next is scheduled.
         clock: seconds, as of ``time.monotonic``.
 
     Raises:
@@ -69,6 +76,7 @@ class Scheduler:
         policy: Policy = "fcfs",
         enable_chunked_prefill: bool = True,
         stage_ahead: bool = True,
+        steps_in_flight: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.memory = memory
@@ -91,6 +99,7 @@ class Scheduler:
         self.policy = policy
         self.enable_chunked_prefill = enable_chunked_prefill
         self.stage_ahead = stage_ahead
+        self.steps_in_flight = steps_in_flight
         self._clock = clock
         self._order = _ORDERS[policy]
 
@@ -107,7 +116,8 @@ class Scheduler:
         self._deadlines = RequestQueue()
 
         self._plan: Plan | None = None  # until it is launched
-        self._launched: Plan | None = None  # until its tokens have arrived
+        self._computed: Plan | None = None  # until its tokens are sampled
+        self._launched: deque[Plan] = deque()  # until their tokens have arrived
         self._barrier: int | None = None  # the smallest rank that gave way in this step
 
     # The policy -----------------------------------------------------------------------------------
@@ -122,18 +132,25 @@ class Scheduler:
         only take the place of one who has just given way. A long prompt that runs keeps the tokens
         that decodes leave to it, from more urgent requests too.
 
-        An empty plan with requests left means that pages are in use elsewhere: try again later.
+        An empty plan with requests left means that pages are in use elsewhere: try again later. If
+        tokens are in flight it means that they had better arrive first: they may end requests, so
+        that nobody has to give way.
         """
-        assert not self._in_flight(), "the tokens of the step before have not been appended"
+        assert self._computed is None, "the step before has not been sampled"
+        assert len(self._launched) <= self.steps_in_flight, "tokens have not been appended"
         self._plan = self._barrier = None
         self._waiting.wake()
         self._expire()
         while (self._running or self._staged) and self.memory.over_budget():
+            if self._launched:
+                return self._wait()
             self._give_way()
         while True:
             plan = self._plan_running()
             if not plan.slots or self.memory.grow(plan.slots, plan.kv_lens):
                 break
+            if self._launched:
+                return self._wait()
             self._give_way()
         self._plan = plan
         added = False
@@ -152,6 +169,11 @@ class Scheduler:
         if added:
             plan.fill()
         return plan
+
+    def _wait(self) -> Plan:
+        """Nothing, until the tokens that are in flight have arrived."""
+        self._plan = Plan([], [])
+        return self._plan
 
     def _plan_running(self) -> Plan:
         plan = Plan(self._running.decodes, [])
@@ -176,11 +198,11 @@ class Scheduler:
     def _next(self) -> Request | None:
         """The next to start, with a slot; None if nobody can."""
         if self._staged:
-            return self._staged.pop(0) if len(self._running) < self.max_num_seqs else None
+            return self._staged.pop(0) if self._running.active < self.max_num_seqs else None
         while (head := self._waiting.first()) is not None:
             if self._barrier is not None and self._rank(head) >= self._barrier:
                 return None
-            admitted = len(self._running) < self.max_num_seqs and self._admit(head)
+            admitted = self._running.active < self.max_num_seqs and self._admit(head)
             if admitted:
                 return head
             if not head.finished and (admitted is None or not self._outrank(head)):
@@ -190,8 +212,10 @@ class Scheduler:
     def _admit(self, head: Request) -> bool | None:
         """Gives the head of the queue a slot; fails it if it can never have one.
 
-        None if it had better wait for what another one computes.
+        None if it had better wait for what another one computes, or for its own last token.
         """
+        if head.in_flight:  # preempted since; the token is part of what it computes again
+            return None
         try:
             if not (admitted := self.memory.admit(head)):
                 return admitted
@@ -262,25 +286,37 @@ class Scheduler:
     # Around a step --------------------------------------------------------------------------------
 
     def computed(self, plan: Plan) -> None:
-        """Says that ``plan`` was launched: its tokens count as computed from now on."""
+        """Says that ``plan`` is launched: its tokens count as computed from now on."""
         assert plan is self._plan, "only the latest plan can be launched, and only once"
         for request in plan.decodes:
             request.computed += 1
         for request, tokens in plan.chunks:
             self._running.advance(request, tokens)
-        self._plan, self._launched = None, plan
+        self._plan, self._computed = None, plan
         self._steps += 1
         self._scheduled_tokens += plan.tokens
 
+    def sampled(self, plan: Plan) -> None:
+        """Says that the next tokens of ``plan.sampling`` are on their way."""
+        assert plan is self._computed, "the plan has not been computed"
+        self._computed = None
+        if not plan.sampling:
+            return
+        for request in plan.sampling:
+            request.in_flight += 1
+            if len(request.tokens) + request.in_flight >= request.limit:
+                self._running.changed()  # waits for its last token
+        self._launched.append(plan)
+
     def stage(self) -> None:
-        """Prepares the next step while the device computes this one; after :meth:`computed`.
+        """Prepares the next step while the device computes this one; after :meth:`sampled`.
 
         Predicts what the next plan asks of the memory and has it mapped in the background, and
         gives waiting requests their slots if the next step has a place for them.
         """
         if not self.stage_ahead:
             return
-        going = [r for r in self._running.decodes if r.computed + 1 < r.limit]
+        going = self._running.decodes
         slots = [r.slot for r in going]
         tokens = [r.computed + 1 for r in going]
         room = self.max_num_batched_tokens - len(going)
@@ -312,17 +348,20 @@ class Scheduler:
                 break
         return None
 
-    def append_tokens(self, requests: Sequence[Request], tokens: Sequence[int]) -> None:
-        """Appends the sampled tokens of the launched step, and ends requests that are complete.
+    def append_tokens(self, plan: Plan, tokens: Sequence[int]) -> None:
+        """Appends the sampled tokens of a launched step, and ends requests that are complete.
 
         Args:
-            requests: :attr:`Plan.sampling`; those that have ended meanwhile are passed over.
-            tokens: one each, as Python integers.
+            plan: the oldest one whose tokens are missing.
+            tokens: of :attr:`Plan.sampling`, as Python integers. Requests that have ended meanwhile
+                are passed over.
         """
-        self._launched = None
+        oldest = self._launched.popleft()
+        assert oldest is plan, "tokens arrive in the order of the steps"
         now = self._clock()
         finished = Status.FINISHED
-        for request, token in zip(requests, tokens, strict=True):
+        for request, token in zip(plan.sampling, tokens, strict=True):
+            request.in_flight -= 1
             if request.status is finished:
                 continue
             known = request.tokens
@@ -333,6 +372,20 @@ class Scheduler:
                 timings.first_token_s = now
             if token in request.stop_ids or len(known) >= request.limit:
                 self._stop(request, token)
+
+    def fail(self, plan: Plan, error: str) -> None:
+        """Ends all requests of a plan whose step went wrong; its tokens never arrive."""
+        self._computed = None
+        self.drop(plan)
+        for request in [*plan.decodes, *(r for r, _ in plan.chunks)]:
+            self.finish(request, FinishReason.ERROR, error=error)
+
+    def drop(self, plan: Plan) -> None:
+        """Says that nobody waits for the tokens of a launched plan."""
+        if plan in self._launched:
+            self._launched.remove(plan)
+            for request in plan.sampling:
+                request.in_flight -= 1
 
     def _stop(self, request: Request, token: int) -> None:
         """Ends a request whose last token may be the last; as vLLM, without reason for EOS."""
@@ -444,6 +497,7 @@ class Scheduler:
         for request in self._requests.values():
             request.status, request.finish_reason = Status.FINISHED, FinishReason.ERROR
             request.error, request.slot, request.computed, request.saved = error, -1, 0, None
+            request.in_flight = 0
             request.timings.finished_s = self._clock()
             self._finished[FinishReason.ERROR.value] += 1
             self._ended.append(request)
@@ -494,11 +548,6 @@ class Scheduler:
                 return
             self.finish(request, FinishReason.DEADLINE)
 
-    def _in_flight(self) -> bool:
-        if self._launched is None:
-            return False
-        return any(r.status is Status.RUNNING and not r.uncomputed for r in self._launched.sampling)
-
     def check(self) -> None:
         """Verifies that each request is in one place, with the status and the slot of that place.
 
@@ -518,7 +567,10 @@ class Scheduler:
         assert all(r.status is Status.WAITING for r in self._staged), self._staged
         assert all(r.finished for r in self._ended), self._ended
         assert self._staged == sorted(self._staged, key=self._order), self._staged
-        assert len(self._running) <= self.max_num_seqs, len(self._running)
+        assert self._running.active <= self.max_num_seqs, self._running.active
+        assert len(self._launched) <= self.steps_in_flight + 1, self._launched
+        flying = Counter(r for plan in self._launched for r in plan.sampling)
+        assert all(r.in_flight == flying[r] for r in every), flying
         slots = [request.slot for request in placed]
         assert min(slots, default=0) >= 0, slots
         assert len(set(slots)) == len(slots), slots

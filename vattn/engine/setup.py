@@ -1,0 +1,101 @@
+"""What an engine is made of, from its settings: lengths, memory, layout, the forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vattn.attention.base import Backend
+from vattn.config import format_bytes, parse_bytes
+from vattn.engine.config import EngineConfig
+from vattn.hf.compiled import COMPILE_DEFAULT, compile_model
+from vattn.hf.model import LoadedModel
+from vattn.kv.cache import KVCache
+from vattn.kv.pool import PagePool, open_driver
+
+# Slots beside those that may run, to keep finished sequences as prefix cache: addresses only.
+_KEPT_SLOTS_PER_SEQ = 3
+_MIN_KEPT_SLOTS = 64
+# On a GPU, pages are created ahead of need, in the background: creating one costs as much as fifty
+# mappings, and a batch that fills up wants gigabytes in a second.
+AHEAD_BYTES = {"cpu": 0, "cuda": 4 << 30}
+
+
+def model_forward(loaded: LoadedModel, config: EngineConfig) -> Any:
+    """The compiled model, if it is to be compiled; None for the model as it is."""
+    wanted = config.compile_model
+    if wanted is None:
+        wanted = COMPILE_DEFAULT[loaded.device.type] and not config.enforce_eager
+    return compile_model(loaded) if wanted else None
+
+
+def max_model_len(loaded: LoadedModel, config: EngineConfig) -> int:
+    """Longest sequence in tokens: as asked for, or what the model was made for."""
+    limit, asked = loaded.max_positions, config.max_model_len
+    if asked is not None and limit is not None and asked > limit:
+        raise ValueError(
+            f"max_model_len={asked} is beyond the {limit} positions that the model was made for"
+        )
+    if asked is None and limit is None:
+        raise ValueError("the model does not say how long it can get; give max_model_len")
+    length = asked if asked is not None else limit
+    assert length is not None
+    return length
+
+
+def make_pool(device: torch.device, config: EngineConfig) -> PagePool:
+    """Physical memory of the engine's own."""
+    driver = open_driver(device, strict=config.strict)
+    return PagePool(
+        device,
+        driver=driver,
+        page_bytes=config.page_bytes,
+        budget_bytes=_budget_bytes(config, driver),
+        ahead_bytes=AHEAD_BYTES[device.type],
+    )
+
+
+def make_cache(
+    loaded: LoadedModel,
+    config: EngineConfig,
+    tokens: int,
+    backend: Backend,
+    pool: PagePool,
+    scratch: bool,
+) -> KVCache:
+    """The KV cache, with as many slots for kept sequences as kernels can address."""
+    kept = max(_MIN_KEPT_SLOTS, _KEPT_SLOTS_PER_SEQ * config.max_num_seqs)
+    choices = [kept, kept // 2, kept // 4, 0] if config.enable_prefix_caching else [0]
+    for extra in choices:
+        try:
+            return KVCache(
+                loaded.layer_specs(),
+                max_seqs=config.max_num_seqs + extra + scratch,
+                max_tokens=tokens,
+                pool=pool,
+                order=config.order or backend.order,
+                layers_per_region=config.layers_per_region,
+                kv_tile_tokens=backend.kv_tile_tokens,
+            )
+        except ValueError:
+            if extra == 0:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _budget_bytes(config: EngineConfig, driver: Any) -> int | None:
+    """The KV cache's budget; None for the pool's default."""
+    if config.kv_cache_memory_bytes is not None:
+        return parse_bytes(config.kv_cache_memory_bytes, "kv_cache_memory_bytes")
+    share = config.gpu_memory_utilization
+    if share is None:
+        return None
+    free, total = driver.memory_info()
+    budget: int = int(total * share) - (total - free)
+    if budget <= 0:
+        raise ValueError(
+            f"gpu_memory_utilization={share} of {format_bytes(total)} leaves nothing for the KV "
+            f"cache: {format_bytes(total - free)} are in use; raise it, or free memory"
+        )
+    return budget
