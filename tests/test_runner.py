@@ -15,6 +15,7 @@ from tests.models import ENGINE_CONFIGS, PAGE, VOCABULARY, engine_model, one_thr
 from vattn import KVCache, PagePool
 from vattn.attention.base import Step
 from vattn.attention.select import choose
+from vattn.engine.batch import StepBatch
 from vattn.engine.runner import ModelRunner
 from vattn.hf.attention import StepMissing
 from vattn.hf.model import LoadedModel, load_model
@@ -65,14 +66,17 @@ class Run:
         self.cache.ensure_many(slots, ends)
         ids = [self.tokens[i][e - n : e] for i, e, n in zip(order, ends, counts, strict=True)]
         total = int(counts.sum())
-        logits = self.runner.run(
-            slots,
-            counts,
-            ends,
-            sum(not chunk for chunk, *_ in parts),
-            np.concatenate(ids).astype(np.int64),
-            np.arange(total) if rows is None else np.asarray(rows, np.int64),
+        rows_wanted = np.arange(total) if rows is None else np.asarray(rows, np.int64)
+        batch = StepBatch(
+            slots=slots,
+            query_lens=counts,
+            kv_lens=ends,
+            num_decodes=sum(not chunk for chunk, *_ in parts),
+            input_ids=np.concatenate(ids).astype(np.int64),
+            logit_rows=rows_wanted,
+            sample_slots=np.repeat(slots, counts)[rows_wanted].astype(np.int64),
         )
+        logits = self.runner.run(batch)
         for i, n in zip(order, counts, strict=True):
             self.done[i] += int(n)
         if rows is not None:
@@ -188,7 +192,17 @@ def test_no_mask_is_built(family: str) -> None:
     slots, lens = np.array(SLOTS[:1], np.int32), np.array([tokens], np.int32)
     ids = np.full(tokens, 5, np.int64)
     with Largest() as largest:  # type: ignore[no-untyped-call]
-        run.runner.run(slots, lens, lens, 0, ids, np.array([tokens - 1]))
+        run.runner.run(
+            StepBatch(
+                slots=slots,
+                query_lens=lens,
+                kv_lens=lens,
+                num_decodes=0,
+                input_ids=ids,
+                logit_rows=np.array([tokens - 1]),
+                sample_slots=slots.astype(np.int64),
+            )
+        )
     assert 0 < largest.elements < tokens**2 // 2
 
 

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from vattn.attention.base import AttentionSpec, Backend, Int32, Step
+from vattn.attention.base import AttentionSpec, Backend, Step
+from vattn.attention.upload import Uploader
+from vattn.engine.batch import StepBatch
+from vattn.engine.buckets import Buckets
+from vattn.engine.graphs import DecodeGraphs, PreparesDecodes, replace_sampled
 from vattn.hf.attention import answered_by
 from vattn.hf.model import LoadedModel
 from vattn.kv.cache import KVCache
 
-Int64 = npt.NDArray[np.int64]
+
+@dataclass(frozen=True)
+class GraphStats:
+    """What a runner has done by CUDA graphs and what not.
+
+    ``captured`` graphs there are; ``replayed`` steps were launched as one, with ``padded_rows``
+    rows in all that no sequence filled; ``eager`` steps were launched kernel by kernel.
+    """
+
+    captured: int
+    replayed: int
+    eager: int
+    padded_rows: int
 
 
 class ModelRunner:
@@ -23,12 +40,30 @@ class ModelRunner:
         loaded: the model.
         cache: made from its ``layer_specs()``, on its device.
         backend: that can serve its ``specs``.
+        max_num_seqs: most sequences of a step; with graphs only.
+        max_model_len: longest sequence in tokens; with graphs only.
+        scratch_slot: an open slot of the cache with one token; with graphs only.
+        capture_sizes: numbers of decodes to capture graphs for; None for a table.
+        graphs: decode steps run as CUDA graphs, once :meth:`capture` was called.
+        forward: what computes a forward pass; None for the model as it is.
 
     Raises:
-        ValueError: a cache for another model.
+        ValueError: a cache for another model, or settings of graphs that are missing or cannot be.
     """
 
-    def __init__(self, loaded: LoadedModel, cache: KVCache, backend: Backend) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        cache: KVCache,
+        backend: Backend,
+        *,
+        max_num_seqs: int | None = None,
+        max_model_len: int | None = None,
+        scratch_slot: int | None = None,
+        capture_sizes: Sequence[int] | None = None,
+        graphs: bool = False,
+        forward: Callable[..., Any] | None = None,
+    ) -> None:
         if list(cache.specs) != loaded.layer_specs():
             raise ValueError(
                 f"the cache is of {len(cache.specs)} layers that are not this model's "
@@ -37,40 +72,119 @@ class ModelRunner:
         self._loaded = loaded
         self._cache = cache
         self._backend = backend
+        self._model = loaded.model if forward is None else forward
+        self._upload = Uploader(cache.device)
+        self._last_tokens = torch.zeros(cache.max_seqs, dtype=torch.int64, device=cache.device)
+        self._eager_steps = 0
+        # The batch that ran last, and the slots to remember its tokens under, on the device.
+        self._sampling: tuple[StepBatch, torch.Tensor] | None = None
+        self._graphs: DecodeGraphs | None = None
+        if not graphs:
+            return
+        if not backend.graphs:
+            raise ValueError(f"decodes of the backend {backend.name} cannot be captured")
+        if max_num_seqs is None or max_model_len is None or scratch_slot is None:
+            raise ValueError("graphs need max_num_seqs, max_model_len and a scratch_slot")
+        self._graphs = DecodeGraphs(
+            self._compute,
+            cache,
+            cast(PreparesDecodes, backend),
+            self._upload,
+            Buckets(max_num_seqs, max_model_len, capture_sizes),
+            scratch_slot,
+            self._last_tokens,
+            loaded.vocab_size,
+        )
+
+    def capture(self, *, show_progress: bool = False) -> None:
+        """Captures the graphs of decode steps, if it was made with graphs.
+
+        Takes seconds to minutes, and must have been called for graphs to be used. A model that
+        cannot be captured runs without them; a warning tells.
+
+        Args:
+            show_progress: with a progress bar.
+
+        Raises:
+            torch.OutOfMemoryError: they do not fit beside the model.
+        """
+        if self._graphs is not None:
+            self._graphs.capture(show_progress=show_progress)
+
+    @property
+    def graph_stats(self) -> GraphStats:
+        """Figures since it was made."""
+        graphs = self._graphs
+        if graphs is None:
+            return GraphStats(0, 0, self._eager_steps, 0)
+        return GraphStats(graphs.captured, graphs.replayed, self._eager_steps, graphs.padded_rows)
 
     @torch.inference_mode()
-    def run(
-        self,
-        slots: Int32,
-        query_lens: Int32,
-        kv_lens: Int32,
-        num_decodes: int,
-        input_ids: Int64,
-        logit_rows: Int64,
-    ) -> torch.Tensor:
+    def run(self, batch: StepBatch) -> torch.Tensor:
         """One forward pass; writes the K and V of its tokens. Does not wait for the device.
 
         Args:
-            slots: int32 ``[S]``, the decodes' slots ascending, then the chunks'.
-            query_lens: int32 ``[S]``, new tokens; 1 for each decode.
-            kv_lens: int32 ``[S]``, tokens in the slot, the new ones included; all of them ensured.
-            num_decodes: how many of the S are decodes.
-            input_ids: int64 ``[T]``, the new tokens.
-            logit_rows: int64 ``[R]``, those of the T tokens after which logits are wanted.
+            batch: the step. Nobody changes its arrays afterwards.
 
         Returns:
-            Logits, float32 ``[R, vocab_size]`` on the device.
+            Logits, float32 ``[R, vocab_size]`` on the device. They may be written to, and are
+            overwritten by the next step.
         """
-        step = Step(self._cache, slots, query_lens, kv_lens, num_decodes)
-        self._backend.prepare(step, self._loaded.specs)
-        ids, positions, rows = _to_device(
-            self._cache.device, input_ids, step.positions(), logit_rows
+        self._sampling = None
+        graphs = self._graphs
+        bucket = None if graphs is None else graphs.bucket(batch)
+        if graphs is None or bucket is None:
+            return self._run_eagerly(batch)
+        logits, slots = graphs.run(batch, bucket)
+        self._sampling = batch, slots
+        return logits
+
+    @torch.inference_mode()
+    def remember(self, batch: StepBatch, token_ids: torch.Tensor) -> None:
+        """Keeps the tokens sampled after a step, for steps that have not seen them yet.
+
+        Args:
+            batch: of the latest :meth:`run`.
+            token_ids: int64 ``[R]`` on the device.
+
+        Raises:
+            ValueError: another step ran since.
+        """
+        if self._sampling is None or self._sampling[0] is not batch:
+            raise ValueError("the tokens are of another step than the one that ran last")
+        self._last_tokens.index_copy_(0, self._sampling[1], token_ids)
+
+    def _run_eagerly(self, batch: StepBatch) -> torch.Tensor:
+        self._eager_steps += 1
+        step = Step(
+            self._cache,
+            batch.slots,
+            batch.query_lens,
+            batch.kv_lens,
+            batch.num_decodes,
+            self._upload,
         )
+        self._backend.prepare(step, self._loaded.specs)
+        arrays = [batch.input_ids, step.positions(), batch.logit_rows, batch.sample_slots]
+        some_sampled = bool((batch.input_ids < 0).any())
+        if some_sampled:
+            arrays.append(np.repeat(batch.slots, batch.query_lens).astype(np.int64))
+        ids, positions, rows, sample_slots, *token_slots = self._upload(*arrays)
+        if some_sampled:
+            ids = replace_sampled(ids, token_slots[0], self._last_tokens)
+        logits = self._compute(step, ids, positions, rows).float()
+        self._sampling = batch, sample_slots
+        return logits
+
+    def _compute(
+        self, step: Step, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits ``[R, vocab_size]`` of a prepared step, in the model's dtype."""
         keeps = self._loaded.keeps_logits
         options: dict[str, Any] = {"logits_to_keep": rows} if keeps else {}
         layers = _Layers(self._loaded, self._backend, step)
         with answered_by(layers):
-            out = self._loaded.model(
+            out = self._model(
                 input_ids=ids[None], position_ids=positions[None], use_cache=False, **options
             )
         if layers.calls != len(self._loaded.specs):
@@ -79,7 +193,7 @@ class ModelRunner:
                 "engine's attention: somebody has changed the model since; make a new LLM"
             )
         logits: torch.Tensor = out.logits[0]
-        return (logits if keeps else logits[rows]).float()
+        return logits if keeps else logits[rows]
 
 
 class _Layers:
@@ -94,34 +208,22 @@ class _Layers:
 
     def attend(
         self,
-        module: Any,
+        layer_idx: int,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        mask: torch.Tensor | None,
-        arguments: dict[str, Any],
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """See :class:`vattn.hf.attention.LayerCalls`."""
-        assert mask is None, f"layer {module.layer_idx} of the model made a mask of its own"
         self.calls += 1
-        layer = self._layer_of[module.layer_idx]
-        spec = self._specs[layer]
+        layer = self._layer_of[layer_idx]
         out = self._forward(
             layer,
-            spec,
+            self._specs[layer],
             query.transpose(1, 2)[0],
             key.transpose(1, 2)[0],
             value.transpose(1, 2)[0],
             self._step,
-            arguments["s_aux"] if spec.sinks else None,
+            sinks,
         )
         return out[None]
-
-
-def _to_device(device: torch.device, *arrays: Int64) -> list[torch.Tensor]:
-    """The arrays on a device, by one transfer that the host does not wait for."""
-    packed = torch.from_numpy(np.concatenate(arrays))
-    if device.type == "cuda":
-        # Pinned memory of torch's, which it does not give to others before the copy is done.
-        packed = packed.pin_memory().to(device, non_blocking=True)
-    return list(torch.split(packed, [len(array) for array in arrays]))
