@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vattn.attention.base import AttentionSpec
-from vattn.hf.attention import NAME, OBSERVED, answered_by
+from vattn.hf.attention import NAME, OBSERVED, observed_by
 from vattn.hf.checks import ModelError, explained
 
 # Arguments of an attention function that change nothing here: positions are already in Q and K,
@@ -75,7 +75,7 @@ class _Recorder:
 
     calls: list[_Call] = field(default_factory=list)
 
-    def attend(
+    def observe(
         self,
         module: torch.nn.Module,
         query: torch.Tensor,
@@ -137,7 +137,7 @@ def _forward(
     """One pass as the engine makes them; the calls of its attention, and logits ``[1, n, V]``."""
     recorder = _Recorder()
     name = type(model).__name__
-    with answered_by(recorder), explained(f"{name} cannot run a packed batch"):
+    with observed_by(recorder), explained(f"{name} cannot run a packed batch"):
         out = model(
             input_ids=torch.tensor([ids], device=model.device),
             position_ids=torch.tensor([positions], device=model.device),
