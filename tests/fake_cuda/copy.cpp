@@ -16,6 +16,7 @@ struct Copy {
   std::size_t size;
   bool dst_on_device;
   bool src_on_device;
+  bool synchronous = false;
 
   Range dst_range() const { return {dst, size}; }
   Range src_range() const { return {src, size}; }
@@ -80,38 +81,38 @@ CUresult submit_copy(World& world, Lock& lock, const Copy& copy, CUstream handle
   if (code != CUDA_SUCCESS) return code;
   // The driver stages pageable memory before it returns, and waits for copies into it.
   const bool stage = !copy.src_on_device && !pinned(world, copy.src, copy.size);
-  const bool wait = !copy.dst_on_device && !pinned(world, copy.dst, copy.size);
+  const bool wait =
+      copy.synchronous || (!copy.dst_on_device && !pinned(world, copy.dst, copy.size));
   std::vector<std::byte> staged;
   if (stage && !world.backing.elide()) {
     staged.assign(bytes_at(copy.src), bytes_at(copy.src) + copy.size);
   }
   // Pinned memory is in use until the copy is done, like device memory; pageable memory is not.
   Work work{.name = copy.call, .ranges = {}, .after = {}, .run = {}, .done = {}};
-  if (!wait) work.ranges.push_back(copy.dst_range());
+  if (copy.dst_on_device || !wait) work.ranges.push_back(copy.dst_range());
   if (!stage) work.ranges.push_back(copy.src_range());
   work.run = [&world, copy, staged = std::move(staged)] { run_copy(world, copy, staged); };
   const MarkPtr done = world.streams.submit(stream, std::move(work));
   return wait ? block(world, lock, {done}, copy.call) : CUDA_SUCCESS;
 }
 
-CUresult submit_memset(World& world, CUdeviceptr start, unsigned char value, std::size_t size,
-                       CUstream handle) {
+CUresult submit_memset(World& world, const char* call, CUdeviceptr start, unsigned char value,
+                       std::size_t size, CUstream handle) {
   const StreamPtr stream = find_stream(world, handle);
   if (!stream) return CUDA_ERROR_INVALID_HANDLE;
   if (size == 0) return CUDA_SUCCESS;
-  constexpr const char* kCall = "cuMemsetD8Async";
   const Range range{start, size};
-  if (!check_not_captured(world, *stream, kCall)) return CUDA_ERROR_INVALID_VALUE;
-  if (!check_accessible(world, kCall, {range}, stream->device)) return CUDA_ERROR_INVALID_VALUE;
-  auto run = [&world, range, value] {
+  if (!check_not_captured(world, *stream, call)) return CUDA_ERROR_INVALID_VALUE;
+  if (!check_accessible(world, call, {range}, stream->device)) return CUDA_ERROR_INVALID_VALUE;
+  auto run = [&world, call, range, value] {
     ++world.counters.memsets;
     world.counters.memset_bytes += range.size;
-    if (!check_accessible(world, "queued cuMemsetD8Async", {range}, -1)) return;
+    if (!check_accessible(world, text("queued %s", call), {range}, -1)) return;
     if (!world.backing.elide()) std::memset(bytes_at(range.start), value, range.size);
   };
   world.streams.submit(
       stream,
-      Work{.name = kCall, .ranges = {range}, .after = {}, .run = std::move(run), .done = {}});
+      Work{.name = call, .ranges = {range}, .after = {}, .run = std::move(run), .done = {}});
   return CUDA_SUCCESS;
 }
 
@@ -153,6 +154,31 @@ CUresult CUDAAPI cuMemcpyAsync(CUdeviceptr dst, CUdeviceptr src, size_t size, CU
 CUresult CUDAAPI cuMemsetD8Async(CUdeviceptr start, unsigned char value, size_t size,
                                  CUstream stream) {
   return enter(Api::kMemsetD8Async, kContext, [&](World& world, Lock&) {
-    return fake::submit_memset(world, start, value, size, stream);
+    return fake::submit_memset(world, "cuMemsetD8Async", start, value, size, stream);
+  });
+}
+
+// The calls without a stream: in the order of the default stream, and done when they return. A
+// memset is not waited for, on a GPU neither.
+
+CUresult CUDAAPI cuMemcpyHtoD(CUdeviceptr dst, const void* src, size_t size) {
+  return enter(Api::kMemcpyHtoD, kContext, [&](World& world, Lock& lock) {
+    const auto from = reinterpret_cast<CUdeviceptr>(src);
+    const Copy copy{"cuMemcpyHtoD", dst, from, size, true, false, true};
+    return submit_copy(world, lock, copy, nullptr);
+  });
+}
+
+CUresult CUDAAPI cuMemcpyDtoH(void* dst, CUdeviceptr src, size_t size) {
+  return enter(Api::kMemcpyDtoH, kContext, [&](World& world, Lock& lock) {
+    const auto to = reinterpret_cast<CUdeviceptr>(dst);
+    const Copy copy{"cuMemcpyDtoH", to, src, size, false, true, true};
+    return submit_copy(world, lock, copy, nullptr);
+  });
+}
+
+CUresult CUDAAPI cuMemsetD8(CUdeviceptr start, unsigned char value, size_t size) {
+  return enter(Api::kMemsetD8, kContext, [&](World& world, Lock&) {
+    return fake::submit_memset(world, "cuMemsetD8", start, value, size, nullptr);
   });
 }

@@ -16,14 +16,17 @@ namespace fake {
 // may define the name as a macro, so the list is stringized without being expanded.
 // clang-format off
 #define FAKE_CUDA_APIS(X)                                                                        \
-  X(Init) X(DriverGetVersion) X(GetErrorName) X(GetErrorString)                                  \
+  X(Init) X(DriverGetVersion) X(GetProcAddress) X(GetErrorName) X(GetErrorString)                \
   X(DeviceGetCount) X(DeviceGet) X(DeviceGetName) X(DeviceGetAttribute)                          \
   X(DevicePrimaryCtxRetain) X(DevicePrimaryCtxRelease) X(CtxSetCurrent) X(CtxGetCurrent)         \
+  X(CtxSynchronize)                                                                              \
   X(MemGetAllocationGranularity) X(MemAddressReserve) X(MemAddressFree)                          \
   X(MemCreate) X(MemRelease) X(MemRetainAllocationHandle)                                        \
+  X(MemGetAllocationPropertiesFromHandle) X(MemGetAddressRange)                                  \
   X(MemMap) X(MemUnmap) X(MemSetAccess) X(MemGetAccess)                                          \
   X(MemGetInfo) X(MemAlloc) X(MemFree) X(MemHostAlloc) X(MemFreeHost) X(PointerGetAttribute)     \
   X(MemcpyDtoDAsync) X(MemcpyHtoDAsync) X(MemcpyDtoHAsync) X(MemcpyAsync) X(MemsetD8Async)       \
+  X(MemcpyHtoD) X(MemcpyDtoH) X(MemsetD8)                                                        \
   X(StreamCreate) X(StreamDestroy) X(StreamSynchronize) X(StreamQuery) X(StreamWaitEvent)        \
   X(StreamIsCapturing) X(ThreadExchangeStreamCaptureMode)                                        \
   X(EventCreate) X(EventDestroy) X(EventRecord) X(EventQuery) X(EventSynchronize)

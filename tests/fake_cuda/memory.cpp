@@ -144,3 +144,14 @@ CUresult CUDAAPI cuPointerGetAttribute(void* data, CUpointer_attribute which, CU
     }
   });
 }
+
+// Of memory that was mapped, this is the mapping, as it is of cuMemAlloc the allocation.
+CUresult CUDAAPI cuMemGetAddressRange(CUdeviceptr* base, size_t* size, CUdeviceptr address) {
+  return enter(Api::kMemGetAddressRange, kContext, [&](World& world, Lock&) {
+    fake::PointerInfo info = {};
+    if (!fake::find_pointer(world, address, &info)) return CUDA_ERROR_NOT_FOUND;
+    if (base) *base = info.base;
+    if (size) *size = info.size;
+    return CUDA_SUCCESS;
+  });
+}

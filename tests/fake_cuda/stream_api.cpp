@@ -31,6 +31,13 @@ CUresult CUDAAPI cuStreamSynchronize(CUstream handle) {
   });
 }
 
+CUresult CUDAAPI cuCtxSynchronize() {
+  return enter(Api::kCtxSynchronize, kContext | kUnsafe, [&](World& world, Lock& lock) {
+    const auto marks = world.streams.outstanding(world.current_device());
+    return block(world, lock, marks, "cuCtxSynchronize");
+  });
+}
+
 CUresult CUDAAPI cuStreamQuery(CUstream handle) {
   return enter(Api::kStreamQuery, kContext, [&](World& world, Lock&) {
     const StreamPtr stream = find_stream(world, handle);

@@ -121,6 +121,14 @@ std::vector<MarkPtr> Streams::outstanding(const Stream& stream) const {
   return marks;
 }
 
+std::vector<MarkPtr> Streams::outstanding(int device) const {
+  std::vector<MarkPtr> marks;
+  for (const StreamPtr& stream : all_) {
+    if (stream->device == device && pending_mark(stream->last)) marks.push_back(stream->last);
+  }
+  return marks;
+}
+
 void Streams::force(const MarkPtr& mark) {
   const StreamPtr stream = mark->stream.lock();
   if (mark->done || !stream) return;

@@ -89,6 +89,8 @@ class Streams {
   int step(const StreamPtr& stream, int count);
   // What a synchronize on `stream` waits for.
   std::vector<MarkPtr> outstanding(const Stream& stream) const;
+  // What a synchronize on `device` waits for.
+  std::vector<MarkPtr> outstanding(int device) const;
   // Runs the lazy streams as far as `mark` needs. Held ones stay where they are.
   void force(const MarkPtr& mark);
 

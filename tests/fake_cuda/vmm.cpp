@@ -139,6 +139,20 @@ CUresult CUDAAPI cuMemRetainAllocationHandle(CUmemGenericAllocationHandle* handl
   });
 }
 
+CUresult CUDAAPI cuMemGetAllocationPropertiesFromHandle(CUmemAllocationProp* prop,
+                                                        CUmemGenericAllocationHandle handle) {
+  return enter(Api::kMemGetAllocationPropertiesFromHandle, kInit, [&](World& world, Lock&) {
+    const auto found = world.handles.find(handle);
+    if (!prop || found == world.handles.end() || found->second.references == 0) {
+      return CUDA_ERROR_INVALID_VALUE;
+    }
+    *prop = {};  // check_properties lets nothing else through
+    prop->type = CU_MEM_ALLOCATION_TYPE_PINNED;
+    prop->location = {CU_MEM_LOCATION_TYPE_DEVICE, found->second.device};
+    return CUDA_SUCCESS;
+  });
+}
+
 CUresult CUDAAPI cuMemMap(CUdeviceptr start, size_t size, size_t offset,
                           CUmemGenericAllocationHandle handle, unsigned long long flags) {
   return enter(Api::kMemMap, kInit | kUnsafe, [&](World& world, Lock&) {

@@ -41,10 +41,16 @@ def generate(llm: Any, cases: list[Case]) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tight", [False, True])
-def test_float32_gives_the_tokens_of_generate(family: str, tight: bool, device: str) -> None:
+@pytest.mark.parametrize(
+    ("tight", "ahead"),
+    [(False, True), (True, False), (True, True)],
+    ids=["async", "tight-sync", "tight-async"],
+)
+def test_float32_gives_the_tokens_of_generate(
+    family: str, tight: bool, ahead: bool, device: str
+) -> None:
     cases = mixed_cases(family)
-    options: dict[str, Any] = {"dtype": "float32"}
+    options: dict[str, Any] = {"dtype": "float32", "async_scheduling": ahead}
     if tight:  # preempted, swapped through pinned memory, chunked
         options |= {"kv_cache_memory_bytes": "96MiB", "swap_space": 0.25, "max_num_seqs": 24}
         options |= {"max_num_batched_tokens": 32}
