@@ -6,61 +6,63 @@
 
 Each kernel runs on slots of a KVCache and on ordinary tensors (torch.empty, K and V apart, tokens
 first on a GPU, heads first on a CPU, as their kernels like it best), taking turns and going round
-enough layers that none is still in the last-level cache. A ratio is ordinary / virtual, median over
-neighbouring pairs: 1 is no cost, below 1 the virtual side is slower. The floor is K and V once at
-the copy bandwidth measured in this run. Before timing, each kernel is checked against float32 on
-ragged slots with NaN beyond the tiles. With less time than the grid needs (--budget-s), its end is
-cut and listed.
+enough layers that none is still in the last-level cache; on a GPU as captured graphs behind a head
+start, so that no launch is timed. A ratio is ordinary / virtual, median over neighbouring pairs: 1
+is no cost, below 1 the virtual side is slower. The floor is K and V once at the copy bandwidth
+measured in this run. Before timing, each kernel is checked against float32 on ragged slots with NaN
+beyond the tiles.
+
+What decides comes first: with less time than the grid needs (--budget-s), its end is cut and
+listed. The file is written as the grid goes. Suggested is the fastest layout whose live / physical
+on the trace is at least 0.95; the front of speed against waste stands beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from bench.common import (
-    RESULTS,
-    Budget,
-    Json,
-    counts,
-    parser,
-    report,
-    sizes,
-    write_json,
-)
+from bench.common import RESULTS, Json, Target, counts, parser, print_targets, sizes
 from bench.device import copy_bandwidth, free_bytes
-from bench.kernels import Kernel, Prepare, load_kernels
-from bench.layout_cells import Bench, Model, fits
-from bench.layout_tables import layouts, name_of, points, print_grid, print_layouts
+from bench.kernels import load_kernels
+from bench.layout_cells import Bench
+from bench.layout_choice import choice_of, suggest, targets
+from bench.layout_grid import Grid
+from bench.layout_points import LayoutChoice, Model, cells, layouts
+from bench.layout_tables import print_grid, print_layouts, print_suggestion
+from bench.partial import Partial
 from bench.provenance import device_slug, gpu_missing
 from bench.trace import Lengths
 from bench.waste import draw_lengths, footprint, read_lengths
 from vattn.kv.cache import DEFAULT_TILES
+from vattn.kv.defaults import default_page_bytes, layout_default
 from vattn.kv.layout import LayerSpec, make_layout
+from vattn.kv.pool import open_driver
 
 MIB = 1 << 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# A wrong result, an error of the device, too little memory: the cell is lost, the grid goes on.
-FAILURES = (AssertionError, RuntimeError, MemoryError)
-
-# The published grid per kind of device; "rest" of the page sizes comes last and is cut first.
+# The published grid per kind of device; pages in the order in which they are worth knowing.
 DEFAULTS: dict[str, Json] = {
     "cuda": {
         "model": Model(32, 32, 8, 128, torch.bfloat16),
-        "layers_per_region": [1, 2, 4, 8, None],
+        "layers_per_region": [1, 2, 4, 8, 16, None],
         "pages": [2 * MIB, 32 * MIB, 8 * MIB, 4 * MIB, 16 * MIB],
         "orders": ["token"],
-        "lengths": [1024, 4096, 16384, 65536],
-        "batches": [1, 8, 64],
+        "lengths": [1024, 4096, 16384, 65536, 131072],
+        "batches": [1, 8, 64, 256],
         "queries": [1, 512],
-        "budget_s": 170.0,
-        "max_gib": 80.0,
+        "budget_s": 150.0,
+        "max_gib": 64.0,
         "pairs": 15,
+        "kernel_s": 0.15,
+        "growth_tokens": 4096,
     },
     "cpu": {
         "model": Model(8, 8, 8, 64, torch.float32),
@@ -73,8 +75,24 @@ DEFAULTS: dict[str, Json] = {
         "budget_s": 240.0,
         "max_gib": 6.0,
         "pairs": 21,
+        "kernel_s": 2.0,
+        "growth_tokens": 4096,
     },
 }
+
+# In seconds, to see that it runs.
+SMALL: Json = {
+    "layers_per_region": [1, None],
+    "orders": ["token"],
+    "lengths": [128],
+    "batches": [2],
+    "queries": [1, 4],
+    "budget_s": 60.0,
+    "max_gib": 1.0,
+    "pairs": 2,
+    "growth_tokens": 128,
+}
+SMALL_MODEL: Json = {"layers": 2, "heads": 2, "kv_heads": 2}
 
 
 def measure_layouts(args: argparse.Namespace, bench: Bench, lengths: Lengths) -> list[Json]:
@@ -89,65 +107,13 @@ def measure_layouts(args: argparse.Namespace, bench: Bench, lengths: Lengths) ->
             max_tokens=int(lengths.max()),
             page_bytes=choice.page_bytes,
             order=choice.order,
-            layers_per_region=choice.layers_per_region,
+            layers_per_region=bench.per_region(choice),
             tiles=bench.tiles,
         )
         found = footprint(layout.regions, choice.page_bytes, bench.tiles, lengths)
         growth = bench.growth(choice, min(args.growth_tokens, max(args.lengths)))
         rows.append(asdict(choice) | found.as_json() | {"growth": growth})
     return rows
-
-
-def measure_grid(
-    args: argparse.Namespace, bench: Bench, kernels: dict[Kernel, Prepare], bandwidth: float
-) -> Json:
-    """Every cell for which there is time and memory; what was left out is listed."""
-    budget = Budget(args.budget_s)
-    cells: list[Json] = []
-    errors: list[Json] = []
-    failed: list[Json] = []
-    no_memory: list[str] = []
-    for choice in layouts(args):
-        sound: dict[Kernel, Prepare] = {}
-        for kernel, prepare in kernels.items():
-            if not fits(kernel, choice) or not budget.allows(f"{name_of(choice)} {kernel.label}"):
-                continue
-            try:
-                error = bench.verify(choice, kernel, prepare)
-            except FAILURES as problem:
-                failed.append(asdict(choice) | {"kernel": kernel.label, "why": str(problem)})
-                continue
-            sound[kernel] = prepare
-            errors.append(asdict(choice) | {"kernel": kernel.label, "relative_error": error})
-        for point in points(args):
-            name = name_of(choice, point)
-            if bench.needed_bytes(choice, point) > bench.max_bytes:
-                no_memory.append(name)
-                continue
-            if not sound or not budget.allows(name):
-                continue
-            try:
-                memory, pairs = bench.measure(choice, point, sound)
-            except FAILURES as problem:
-                failed.append(asdict(choice) | asdict(point) | {"why": str(problem)})
-                continue
-            read = point.batch * point.length * bench.model.token_bytes()
-            for kernel, pair in pairs.items():
-                cells.append(
-                    asdict(choice)
-                    | asdict(point)
-                    | {"kernel": kernel.label, "rotation": bench.rotation(point)}
-                    | asdict(pair)
-                    | {"floor_us": read / bandwidth * 1e6, "memory": memory}
-                )
-    return {
-        "cells": cells,
-        "relative_errors": errors,
-        "failed": failed,
-        "cut_for_time": budget.cut,
-        "cut_for_memory": no_memory,
-        "seconds": budget.spent_s,
-    }
 
 
 # Command line -------------------------------------------------------------------------------------
@@ -178,10 +144,12 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Model]:
     cli.add_argument("--dtype", choices=sorted(DTYPES))
     cli.add_argument("--tiles", type=counts, help="kernel tiles that reads are covered up to")
     cli.add_argument("--pairs", type=int, help="timings of each side")
+    cli.add_argument("--kernel-s", type=float, help="timings of a kernel in a cell, about")
     cli.add_argument("--budget-s", type=float, help="seconds after which the grid is cut")
     cli.add_argument("--max-gib", type=float, help="memory that a cell may take")
-    cli.add_argument("--growth-tokens", type=int, default=4096, help="whose calls are counted")
+    cli.add_argument("--growth-tokens", type=int, help="whose calls are counted")
     cli.add_argument("--trace", type=Path, help="csv or csv.gz: TIMESTAMP,ContextTokens,...")
+    cli.add_argument("--small", action="store_true", help="two cells a layout, for CI")
     cli.add_argument("--save", action="store_true", help="write bench/results/<device>/layout.json")
     args = cli.parse_args(argv)
     if args.device is None:
@@ -190,6 +158,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Model]:
         cli.error(f"--device cuda: {reason}")
     default = DEFAULTS[args.device]
     model: Model = default["model"]
+    if args.small:
+        default = default | SMALL | {"pages": default["pages"][:1]}
+        model = replace(model, **SMALL_MODEL)
     for key, value in default.items():
         if key != "model" and getattr(args, key) is None:
             setattr(args, key, value)
@@ -210,38 +181,64 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"no {label}: {reason}")
     tiles = args.tiles or DEFAULT_TILES[args.device]
     max_bytes = min(int(args.max_gib * 2**30), free_bytes(args.device))
-    bench = Bench(args.device, model, tiles, args.pairs, max_bytes)
+    bench = Bench(args.device, model, tiles, args.pairs, max_bytes, args.kernel_s)
     lengths = draw_lengths() if args.trace is None else read_lengths(args.trace)
+    settings = {k: v for k, v in vars(args).items() if k != "json"}
+    settings |= {"model": model.as_json(), "tiles": list(tiles)}
+    default = default_choice(args.device, model)
+    saved = RESULTS / device_slug(args.device) / "layout.json" if args.save else None
+    out = Partial(args.json or saved, "layout", settings, partial(targets_of, default))
     layout_rows = measure_layouts(args, bench, lengths)
     with torch.inference_mode():
         bandwidth = copy_bandwidth(args.device)
         print(f"copy bandwidth {bandwidth / 1e9:,.0f} GB/s, read plus written")
-        grid = measure_grid(args, bench, kernels, bandwidth)
+        grid = Grid(bench, kernels, bandwidth, args.budget_s)
+        out.results.update(
+            copy_bandwidth_bytes_per_s=bandwidth,
+            last_level_cache_bytes=bench.cache_bytes,
+            max_bytes=max_bytes,
+            kernels=[kernel.label for kernel in kernels],
+            missing_kernels=missing,
+            default=asdict(default),
+            trace={
+                "source": args.trace.name if args.trace else "synthetic log-normal draw",
+                "requests": len(lengths),
+                "mean_tokens": float(lengths.mean()),
+                "layouts": layout_rows,
+            },
+            **grid.results,
+        )
+
+        def keep() -> None:
+            out.set(suggestion=suggest(grid.results["cells"], layout_rows), **grid.results)
+
+        grid.run(cells(args), keep)
+        keep()
     bench.close()
-    print_grid(args, grid)
-    print_layouts(args, grid, layout_rows)
-    settings = {k: v for k, v in vars(args).items() if k != "json"}
-    settings |= {"model": model.as_json(), "tiles": list(tiles)}
-    results = {
-        "copy_bandwidth_bytes_per_s": bandwidth,
-        "last_level_cache_bytes": bench.cache_bytes,
-        "max_bytes": max_bytes,
-        "kernels": [kernel.label for kernel in kernels],
-        "missing_kernels": missing,
-        "trace": {
-            "source": args.trace.name if args.trace else "synthetic log-normal draw",
-            "requests": len(lengths),
-            "mean_tokens": float(lengths.mean()),
-            "layouts": layout_rows,
-        },
-        **grid,
-    }
-    document = report("layout", settings, results)
-    if args.json:
-        write_json(args.json, document)
-    if args.save:
-        write_json(RESULTS / device_slug(args.device) / "layout.json", document)
-    return 1 if grid["failed"] or not kernels else 0
+    print_grid(args, grid.results)
+    print_layouts(args, grid.results, layout_rows)
+    print_suggestion(out.results["suggestion"])
+    print_targets(out.targets)
+    if args.json and saved is not None:
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(args.json, saved)
+    return 1 if grid.results["failed"] or not kernels else 0
+
+
+def default_choice(device: str, model: Model) -> LayoutChoice:
+    """The layout that a cache of this device has by default, as one of the grid's."""
+    default = layout_default(torch.device(device))
+    page_bytes = default_page_bytes(torch.device(device), open_driver(torch.device(device)))
+    per_region = default.layers_per_region
+    if per_region is None or per_region >= model.layers:
+        per_region = None
+    return LayoutChoice(default.order, per_region, page_bytes)
+
+
+def targets_of(default: LayoutChoice, results: Json) -> list[Target]:
+    """Of the results so far."""
+    rows = [row for row in results["trace"]["layouts"] if choice_of(row) == default]
+    return targets(default, results["cells"], rows[0]["live_share"] if rows else None)
 
 
 if __name__ == "__main__":

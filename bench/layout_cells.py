@@ -6,73 +6,67 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
-from bench.common import Json, Pairs, measure_pairs, wall_clock
-from bench.device import device_clock, last_level_cache_bytes
+from bench.common import Clock, Json, Pairs, measure_pairs, wall_clock
+from bench.device import last_level_cache_bytes
+from bench.graph_clock import capture, head_start_clock, repeated
 from bench.kernels import Kernel, Prepare
+from bench.layout_fill import TOLERANCE, fill, relative_error
+from bench.layout_points import LayoutChoice, Model, Point
 from bench.problem import Attend, Problem, reference
 from bench.waste import Footprint, footprint
 from vattn import KVCache, PagePool
 from vattn.kv.layout import round_up
 
-cuda: Any = torch.cuda  # parts of it are untyped
+# A wrong result, an error of the device, too little memory: what was tried is lost, not the rest.
+FAILURES = (AssertionError, RuntimeError, MemoryError)
 
-# ||out - reference|| / ||reference||: above what the arithmetic of the dtype explains.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-
-
-@dataclass(frozen=True)
-class Model:
-    """The attention layers of a model."""
-
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-
-    def token_bytes(self) -> int:
-        """K and V of one token in one layer."""
-        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
-
-    def as_json(self) -> Json:
-        return asdict(self)
+# One timing takes at least this long on a GPU, whose clock ticks every half microsecond.
+_TIMING_S = 4e-4
+_FEWEST_PAIRS = 5
 
 
-@dataclass(frozen=True)
-class LayoutChoice:
-    """What is compared. ``layers_per_region`` None is all."""
+@dataclass
+class Cell:
+    """One point on one layout: what it takes, and each kernel's times or why it has none."""
 
-    order: Literal["token", "head"]
-    layers_per_region: int | None
-    page_bytes: int
-
-
-@dataclass(frozen=True)
-class Point:
-    """What is attended to: ``batch`` sequences of ``length`` tokens, ``queries`` of them new."""
-
-    length: int
-    batch: int
-    queries: int
+    memory: Json
+    pairs: dict[Kernel, Pairs] = field(default_factory=dict)
+    failed: dict[Kernel, str] = field(default_factory=dict)
 
 
 class Bench:
-    """A device, a model and tile sizes; cells are measured on them one after the other."""
+    """A device, a model and tile sizes; cells are measured on them one after the other.
+
+    Args:
+        device: "cpu" or "cuda".
+        model: whose layers they are.
+        tiles: of the kernels, in tokens.
+        pairs: timings of each side, fewer where one takes long.
+        max_bytes: that a cell may take, both sides together.
+        kernel_s: seconds for the timings of one kernel in one cell, about.
+    """
 
     def __init__(
-        self, device: str, model: Model, tiles: Sequence[int], pairs: int, max_bytes: int
+        self,
+        device: str,
+        model: Model,
+        tiles: Sequence[int],
+        pairs: int,
+        max_bytes: int,
+        kernel_s: float = 1.0,
     ) -> None:
         self.device = device
         self.model = model
         self.tiles = tuple(tiles)
         self.pairs = pairs
         self.max_bytes = max_bytes
+        self.kernel_s = kernel_s
         self.cache_bytes = last_level_cache_bytes(device)
         self._pools: dict[int, PagePool] = {}
         self._random = random.Random(0)
@@ -86,6 +80,11 @@ class Bench:
             )
         return self._pools[page_bytes]
 
+    def tidy(self) -> None:
+        """After a cell: what torch caches of its ordinary side would be missing for pages."""
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+
     def close(self) -> None:
         self._pools.clear()
 
@@ -98,14 +97,24 @@ class Bench:
 
     def layers(self, choice: LayoutChoice, point: Point) -> int:
         """Layers that the cell's cache has: whole regions, enough to rotate over."""
-        per_region = choice.layers_per_region or self.model.layers
-        return round_up(self.rotation(point), per_region)
+        return round_up(self.rotation(point), self.per_region(choice))
+
+    def per_region(self, choice: LayoutChoice) -> int:
+        """As a number: None would be the device's default to a cache."""
+        return choice.layers_per_region or self.model.layers
+
+    def covered(self, length: int) -> int:
+        """Tokens up to which some kernel reads."""
+        return max(round_up(length, tile) for tile in self.tiles)
+
+    def layer_bytes(self, point: Point) -> int:
+        """K and V of one layer, cover included."""
+        return point.batch * self.covered(point.length) * self.model.token_bytes()
 
     def needed_bytes(self, choice: LayoutChoice, point: Point) -> int:
-        """Virtual side and ordinary side together, tails and cover included roughly."""
-        tokens = point.batch * round_up(point.length, max(self.tiles))
+        """Virtual side and ordinary side together, tails roughly."""
         layers = self.layers(choice, point) + self.rotation(point)
-        return int(1.1 * layers * tokens * self.model.token_bytes())
+        return int(1.1 * layers * self.layer_bytes(point))
 
     # Cells ----------------------------------------------------------------------------------------
 
@@ -120,7 +129,7 @@ class Bench:
             max_tokens=point.length,
             pool=self.pool(choice.page_bytes),
             order=choice.order,
-            layers_per_region=choice.layers_per_region,
+            layers_per_region=self.per_region(choice),
             kv_tile_tokens=self.tiles,
         )
 
@@ -129,14 +138,15 @@ class Bench:
         shape = (batch, queries, model.heads, model.head_dim)
         return torch.randn(shape, dtype=model.dtype, device=self.device)
 
-    def measure(
-        self, choice: LayoutChoice, point: Point, kernels: dict[Kernel, Prepare]
-    ) -> tuple[Json, dict[Kernel, Pairs]]:
+    def measure(self, choice: LayoutChoice, point: Point, kernels: dict[Kernel, Prepare]) -> Cell:
         """What the layout costs in memory and calls, and each kernel's pair of times."""
         rotation = self.rotation(point)
+        pool = self.pool(choice.page_bytes)
+        if pool.stats().created_bytes + rotation * self.layer_bytes(point) > self.max_bytes:
+            pool.trim()  # a larger cell before left pages where the ordinary side has to go
         with self.open(choice, point) as cache:
             slots = np.array([int(cache.open()) for _ in range(point.batch)], dtype=np.int32)
-            memory = self._grow(cache, slots, point.length)
+            cell = Cell(self._grow(cache, slots, point.length))
             ours = [cache.layer(layer) for layer in range(rotation)]
             for layer, (k, v) in enumerate(ours):
                 fill(cache, layer, [point.length] * point.batch, k, v)
@@ -147,14 +157,15 @@ class Bench:
             if self.device != "cpu":  # SDPA needs neighbours side by side, the others do not
                 self._random.shuffle(order)
             q = self.queries(point.batch, point.queries)
-            lengths = [point.length] * point.batch
-            problem = Problem(q, order, lengths)
-            pairs = {
-                kernel: self._pair(prepare, problem, ours, theirs)
-                for kernel, prepare in kernels.items()
-                if fits(kernel, choice)
-            }
-        return memory, pairs
+            problem = Problem(q, order, [point.length] * point.batch)
+            for kernel, prepare in kernels.items():
+                if not fits(kernel, choice):
+                    continue
+                try:
+                    cell.pairs[kernel] = self._pair(prepare, problem, ours, theirs)
+                except FAILURES as error:
+                    cell.failed[kernel] = f"{type(error).__name__}: {error}"
+        return cell
 
     def growth(self, choice: LayoutChoice, tokens: int) -> Json:
         """Calls and time of one sequence of the whole model growing on pages made for it."""
@@ -169,7 +180,7 @@ class Bench:
             device=self.device,
             page_bytes=choice.page_bytes,
             order=choice.order,
-            layers_per_region=choice.layers_per_region,
+            layers_per_region=self.per_region(choice),
             kv_tile_tokens=self.tiles,
         ) as cache:
             slots = np.array([int(cache.open())], dtype=np.int32)
@@ -201,7 +212,7 @@ class Bench:
     def _ordinary(self, kv: torch.Tensor, length: int) -> torch.Tensor:
         """K or V in a tensor of its own, in the order that suits the device's kernels best."""
         batch, _, heads, dim = kv.shape
-        slot_tokens = round_up(length, max(self.tiles))
+        slot_tokens = self.covered(length)
         if self.device == "cpu":  # SDPA streams each head
             shape = (batch, heads, slot_tokens, dim)
             copy = torch.empty(shape, dtype=kv.dtype, device=kv.device).transpose(1, 2)
@@ -225,30 +236,33 @@ class Bench:
             error = relative_error(a(), b().float())
             if not error < TOLERANCE[self.model.dtype]:
                 raise AssertionError(f"virtual and ordinary K and V differ by {error:.2g}")
-        ours_run, theirs_run = self._runner(candidate), self._runner(base)
-        clock = wall_clock if self.device == "cpu" else device_clock
-        pairs = measure_pairs(theirs_run, ours_run, pairs=self.pairs, clock=clock)
         n = len(ours)
+        pairs = self.time_pair(base, candidate)
         return Pairs(**asdict(pairs) | {k: getattr(pairs, k) / n for k in _PER_LAYER})
 
-    def _runner(self, calls: Sequence[Attend]) -> Callable[[], object]:
-        """Runs a call per layer; on a GPU as one graph, so that launches cost nothing."""
+    def time_pair(self, base: Sequence[Attend], candidate: Sequence[Attend]) -> Pairs:
+        """Times all calls of a side against all of the other, on a GPU as one graph each.
 
-        def run() -> None:
-            for call in calls:
-                call()
-
+        As many pairs as asked for, fewer if they would take longer than ``kernel_s``.
+        """
+        clock: Clock = wall_clock
         if self.device == "cpu":
-            return run
-        run()
-        torch.cuda.synchronize()
-        graph, stream = cuda.CUDAGraph(), cuda.Stream()
-        with cuda.stream(stream):  # not `with cuda.graph(...)`: that collects garbage each time
-            graph.capture_begin()
-            run()
-            graph.capture_end()
-        torch.cuda.synchronize()
-        return graph.replay  # type: ignore[no-any-return]
+            base_run, candidate_run = _in_turn(base), _in_turn(candidate)
+            replays, once_s = 1, max(clock(base_run), clock(candidate_run))
+        else:
+            clock = head_start_clock
+            base_run, candidate_run = capture(base), capture(candidate)
+            base_run()  # the first replay uploads the graph
+            once_s = clock(base_run)
+            replays = max(1, math.ceil(_TIMING_S / once_s))
+        affordable = int(self.kernel_s / (2 * replays * once_s))
+        found = measure_pairs(
+            repeated(base_run, replays),
+            repeated(candidate_run, replays),
+            pairs=min(self.pairs, max(_FEWEST_PAIRS, affordable)),
+            clock=clock,
+        )
+        return Pairs(**asdict(found) | {k: getattr(found, k) / replays for k in _PER_LAYER})
 
     # Correctness ----------------------------------------------------------------------------------
 
@@ -285,25 +299,14 @@ class Bench:
 _PER_LAYER = ("base_us", "candidate_us")
 
 
+def _in_turn(calls: Sequence[Attend]) -> Callable[[], object]:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
 def fits(kernel: Kernel, choice: LayoutChoice) -> bool:
     """Head order has no flat view."""
     return kernel.form != "flat" or choice.order == "token"
-
-
-def fill(
-    cache: KVCache, layer: int, lengths: Sequence[int], k: torch.Tensor, v: torch.Tensor
-) -> None:
-    """Random tokens, finite garbage up to the end of the last tile, NaN where nobody may read."""
-    region = cache.layout.regions[cache.layout.places[layer][0]]
-    page = cache.pool.page_bytes
-    for x in (k, v):
-        for slot, length in enumerate(lengths):
-            cover = max(round_up(length, tile) for tile in cache.layout.tiles)
-            mapped = round_up(cover * region.token_bytes, page) // region.token_bytes
-            x[slot, :cover].normal_()
-            x[slot, cover:mapped] = float("nan")
-
-
-def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
-    difference = (out.float() - expected).norm() / expected.norm()
-    return float(difference)

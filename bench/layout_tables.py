@@ -1,46 +1,15 @@
-"""The grid of the layout benchmark and its tables."""
+"""The tables of the layout benchmark."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
-from bench.common import Json, print_table, short_bytes, short_count
-from bench.layout_cells import LayoutChoice, Point
-
-
-def layouts(args: argparse.Namespace) -> Iterator[LayoutChoice]:
-    """In the order in which they are worth knowing."""
-    for page, order in itertools.product(args.pages, args.orders):
-        for per_region in args.layers_per_region:
-            # In head order it only sets the number of reserved ranges.
-            if order == "token" or per_region is None or len(args.layers_per_region) == 1:
-                yield LayoutChoice(order, per_region, page)
-
-
-def points(args: argparse.Namespace) -> list[Point]:
-    """Decode at every length and batch; prefill chunks one sequence at a time."""
-    return [
-        Point(length, batch, queries)
-        for queries in args.queries
-        for length in args.lengths
-        for batch in (args.batches if queries == 1 else args.batches[:1])
-        if queries <= length
-    ]
-
-
-def name_of(choice: LayoutChoice, point: Point | None = None) -> str:
-    per_region = choice.layers_per_region or "all"
-    text = f"{choice.order} lpr={per_region} page={short_bytes(choice.page_bytes)}"
-    return text if point is None else f"{text} {point_name(point)}"
-
-
-def point_name(point: Point) -> str:
-    chunk = f" q{point.queries}" if point.queries > 1 else ""
-    return f"{point.batch}x{short_count(point.length)}{chunk}"
+from bench.common import Json, print_table, short_bytes
+from bench.layout_choice import choice_of
+from bench.layout_points import LayoutChoice, Point, layouts, points
 
 
 def print_grid(args: argparse.Namespace, grid: Json) -> None:
@@ -53,7 +22,7 @@ def print_grid(args: argparse.Namespace, grid: Json) -> None:
             ratios = {_point(c): f"{c['ratio']:.2f}" for c in cells if _is(c, choice)}
             if ratios:
                 rows.append([*_names(choice), *(ratios.get(point, "-") for point in columns)])
-        header = ["order", "layers/region", "page", *(point_name(p) for p in columns)]
+        header = ["order", "layers/region", "page", *(p.name for p in columns)]
         print_table(f"{label}: ordinary time / virtual time (1 is no cost)", header, rows)
         rows = []
         for point in columns:
@@ -61,7 +30,7 @@ def print_grid(args: argparse.Namespace, grid: Json) -> None:
             if found:
                 ordinary = statistics.median(cell["base_us"] for cell in found)
                 floor = found[0]["floor_us"]
-                rows.append([point_name(point), ordinary, floor, floor / ordinary])
+                rows.append([point.name, ordinary, floor, floor / ordinary])
         print_table(
             f"{label}: one layer on ordinary tensors, us (floor: K and V at copy bandwidth)",
             ["batch x length", "ordinary", "floor", "floor / ordinary"],
@@ -100,6 +69,30 @@ def print_layouts(args: argparse.Namespace, grid: Json, layout_rows: Sequence[Js
         if grid[what]:
             shown = "; ".join(str(item) for item in grid[what][:6])
             print(f"{what}: {len(grid[what])}: {shown}{' ...' if len(grid[what]) > 6 else ''}")
+
+
+def print_suggestion(suggestion: Json) -> None:
+    """The front of speed against waste, and the layout to take."""
+    chosen = suggestion["choice"]
+    rows = [
+        [
+            *_names(choice_of(row)),
+            *(f"{row[what]:.3f}" for what in ("speed", "worst", "live_share")),
+            "suggested" if row == chosen else "",
+        ]
+        for row in _and(suggestion["front"], chosen)
+    ]
+    print_table(
+        f"the front of speed against waste over the {len(suggestion['compared'])} cells that all "
+        f"compared layouts have;\nsuggested: {suggestion['reason']}",
+        ["order", "layers/region", "page", "speed", "worst", "live / physical", ""],
+        rows,
+    )
+
+
+def _and(front: Sequence[Json], chosen: Json | None) -> list[Json]:
+    """The front and what was chosen, which noise may have put beside it."""
+    return [*front] if chosen is None or chosen in front else [*front, chosen]
 
 
 def _point(cell: Json) -> Point:

@@ -47,7 +47,8 @@ from bench.waste import footprint
 from vattn import _core
 from vattn.config import format_bytes, parse_bytes
 from vattn.kv.cache import DEFAULT_TILES
-from vattn.kv.layout import DEFAULTS, LayerSpec, Order, make_layout
+from vattn.kv.defaults import DEFAULTS
+from vattn.kv.layout import LayerSpec, Order, make_layout
 
 KV_HEADS, HEAD_DIM, DTYPE = 8, 128, torch.bfloat16  # Llama-3-8B, which has 32 layers
 CALLS = ("create", "map", "set_access", "unmap", "destroy")

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from bench.kernels import KERNELS, Kernel, Missing, complete, load_kernels
-from bench.layout_cells import Bench, LayoutChoice, Model
+from bench.layout_cells import Bench
+from bench.layout_points import LayoutChoice, Model
 
 TILES = (128, 176, 192, 224)
 MODEL = Model(layers=3, heads=8, kv_heads=2, head_dim=32, dtype=torch.bfloat16)

@@ -11,8 +11,9 @@ import torch
 from vattn import _core
 from vattn.config import positive_int
 from vattn.kv.arrays import as_int32, as_integer
+from vattn.kv.defaults import default_page_bytes, layout_default
 from vattn.kv.kept import KeptSlots
-from vattn.kv.layout import DEFAULTS, LayerSpec, Layout, Order, make_layout
+from vattn.kv.layout import LayerSpec, Layout, Order, make_layout
 from vattn.kv.pool import PagePool, default_budget_bytes, open_driver, parse_device
 from vattn.kv.report import CacheStats, MemoryMap, SlotMap
 from vattn.kv.slots import LengthList, Slot, SlotLike, SlotList, token_count
@@ -69,7 +70,7 @@ class KVCache(KeptSlots):
             _check_pool(pool, device, page_bytes, budget_bytes, strict)
         self.device = pool.device if pool is not None else parse_device(device or "cpu")
         driver = pool.driver if pool is not None else open_driver(self.device, strict=strict)
-        defaults = DEFAULTS[self.device.type]
+        defaults = layout_default(self.device)
         if kv_tile_tokens is None:
             kv_tile_tokens = DEFAULT_TILES[self.device.type]
         tiles = kv_tile_tokens if isinstance(kv_tile_tokens, Sequence) else (kv_tile_tokens,)
@@ -77,7 +78,11 @@ class KVCache(KeptSlots):
             self.specs,
             slots=max_seqs,
             max_tokens=max_tokens,
-            page_bytes=pool.page_bytes if pool is not None else _page_bytes(driver, page_bytes),
+            page_bytes=(
+                pool.page_bytes
+                if pool is not None
+                else _page_bytes(self.device, driver, page_bytes)
+            ),
             order=defaults.order if order is None else order,
             layers_per_region=(
                 defaults.layers_per_region if layers_per_region is None else layers_per_region
@@ -388,9 +393,9 @@ def _check_pool(
         raise ValueError(f"device={str(device)!r}, but the pool given is on {pool.device}")
 
 
-def _page_bytes(driver: _core.Driver, page_bytes: int | None) -> int:
+def _page_bytes(device: torch.device, driver: _core.Driver, page_bytes: int | None) -> int:
     if page_bytes is None:
-        return driver.default_page_bytes()
+        return default_page_bytes(device, driver)
     if positive_int(page_bytes, "page_bytes") % driver.granularity():
         raise ValueError(
             f"page_bytes={page_bytes} is not a multiple of the granularity of {driver.name()}, "

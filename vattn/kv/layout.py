@@ -84,23 +84,6 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
-class LayoutDefault:
-    """The layout used on a kind of device when the user asks for none, and where it comes from."""
-
-    order: Order
-    layers_per_region: int | None
-    source: str
-
-
-# Chosen by measurement where there is one; a device without one says so.
-DEFAULTS: dict[str, LayoutDefault] = {
-    "cpu": LayoutDefault("head", None, "python -m bench.layout on a CPU: bench/results/cpu"),
-    # Of the layouts that waste less than 5% (bench/memory.py), the one with the longest rows.
-    "cuda": LayoutDefault("token", 8, "its speed is unmeasured; run make gpu-check"),
-}
-
-
-@dataclass(frozen=True)
 class Region:
     """One reserved range: the layers in it and how they are laid out.
 

@@ -9,6 +9,7 @@ import torch
 
 from vattn import _core
 from vattn.config import env_bytes, parse_bytes, positive_int
+from vattn.kv.defaults import default_page_bytes
 
 # Share of the device's free memory that a pool may take when no budget is given. A GPU serves the
 # model and little else; the host's memory belongs to everybody on it.
@@ -74,8 +75,8 @@ class PagePool:
 
     Args:
         device: ``"cpu"`` or ``"cuda[:n]"``.
-        page_bytes: page size; None for the driver's default (16 KiB on the host, the driver's
-            granularity on CUDA). A multiple of the granularity.
+        page_bytes: page size, a multiple of the granularity; None for the device's default
+            (:mod:`vattn.kv.defaults`).
         budget_bytes: most physical memory to use, a number or text such as ``"2GiB"``; None for
             ``VATTN_BUDGET`` or else half of the host's or nine tenths of the GPU's free memory.
         ahead_bytes: pages created in the background ahead of need, up to this much. They count
@@ -100,7 +101,9 @@ class PagePool:
         self.device = parse_device(device)
         if driver is None:
             driver = open_driver(self.device, strict=strict)
-        if page_bytes is not None:
+        if page_bytes is None:
+            page_bytes = default_page_bytes(self.device, driver)
+        else:
             positive_int(page_bytes, "page_bytes")
         if ahead_bytes < 0:
             raise ValueError(f"ahead_bytes={ahead_bytes} must not be negative")
@@ -109,7 +112,7 @@ class PagePool:
         self.driver = driver
         self.core = _core.PagePool(
             driver,
-            page_bytes=page_bytes or 0,
+            page_bytes=page_bytes,
             budget_bytes=parse_bytes(budget_bytes, "budget_bytes"),
             low_bytes=ahead_bytes // 2,
             high_bytes=ahead_bytes,
