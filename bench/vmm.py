@@ -16,18 +16,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.common import (
+    Budget,
     Json,
     Target,
     counts,
     parser,
     print_table,
     print_targets,
-    report,
     short_bytes,
     sizes,
-    write_json,
 )
 from bench.ensure import find_native, measure_ensure_many, run_native
+from bench.partial import Partial
 from bench.provenance import ROOT, gpu_missing
 from bench.vmm_ops import (
     BARE_KINDS,
@@ -41,7 +41,7 @@ from vattn import DriverError, _core
 MIB = 1 << 20
 FAKE = Path(os.environ.get("VATTN_FAKE_CUDA", ROOT / "build/fake_cuda/libfake_cuda.so"))
 # Enough for the median to settle, little enough for 2 MiB pages in long runs to fit in memory.
-MAX_RUN_BYTES = {"host": 256 * MIB, "host-strict": 256 * MIB, "fake": 64 * MIB, "cuda": 8192 * MIB}
+MAX_RUN_BYTES = {"host": 256 * MIB, "host-strict": 256 * MIB, "fake": 64 * MIB, "cuda": 2048 * MIB}
 
 
 def open_drivers(names: Sequence[str]) -> tuple[dict[str, _core.Driver], dict[str, str]]:
@@ -70,16 +70,19 @@ def page_sizes(driver: _core.Driver, wanted: Sequence[int] | None) -> list[int]:
     if wanted is not None:
         return [size for size in wanted if size % grain == 0]
     if grain >= MIB:
-        return [grain, 4 * grain, 16 * grain]
+        return [grain, 2 * grain, 4 * grain, 8 * grain, 16 * grain]
     return [16 << 10, 64 << 10, 2 * MIB]
 
 
-def run_ops(drivers: dict[str, _core.Driver], args: argparse.Namespace) -> list[Json]:
+def run_ops(
+    drivers: dict[str, _core.Driver], args: argparse.Namespace, budget: Budget
+) -> list[Json]:
     results = []
     for name, driver in drivers.items():
         for page in page_sizes(driver, args.pages):
             for run in args.runs:
-                if page * run <= MAX_RUN_BYTES[name]:
+                what = f"operations: {name}, {short_bytes(page)} x {run}"
+                if page * run <= MAX_RUN_BYTES[name] and budget.allows(what):
                     results += [
                         cost.as_json() for cost in measure_ops(driver, name, page, run, args.rounds)
                     ]
@@ -173,12 +176,15 @@ def run_ensure(args: argparse.Namespace, devices: Sequence[str]) -> Json:
 
 
 def make_targets(results: Json) -> list[Target]:
+    """Of the results so far."""
     targets = []
     for what, kinds in (("existing", ("neighbours", "scattered")), ("new", ("new",))):
-        bare = [r["slowdown"] for r in results["bare_map"] if r["kind"] in kinds]
+        bare = [r["slowdown"] for r in results.get("bare_map", []) if r["kind"] in kinds]
         if bare:
             name = f"host map of {what} pages / bare mmap, worst of the grid"
             targets.append(Target(name, max(bare), 1.3, "x", at_least=False))
+    if "ensure" not in results:
+        return targets
     native = results["ensure"]["native"]
     nanoseconds = None if native is None else float(native["ensure_ns_per_sequence"])
     note = "" if native else "vattn_ensure_bench is not built"
@@ -205,6 +211,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_argument("--pairs", type=int, default=35, help="of each comparison")
     cli.add_argument("--sequences", type=int, default=256, help="of ensure_many")
     cli.add_argument("--touch-mib", type=int, default=32, help="memory touched on the host")
+    cli.add_argument("--budget-s", type=float, help="seconds after which nothing more is begun")
+    cli.add_argument(
+        "--beside-rounds", type=int, default=5, help="of each call beside a kernel, some 50 ms each"
+    )
     cli.add_argument(
         "--ensure-bench", type=Path, metavar="PATH", help="default: newest build/**/ of that name"
     )
@@ -216,23 +226,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.driver and missing:
         return 1
     devices = [d for d in ("cpu", "cuda") if {"cpu": "host", "cuda": "cuda"}[d] in drivers]
-    results: Json = {
-        "missing_drivers": missing,
-        "operations": run_ops(drivers, args),
-        "bare_map": run_bare(args) if "host" in drivers else [],
-        "touch": run_touch(drivers, args),
-        "ensure": run_ensure(args, devices),
-        "beside_a_kernel": None,
-    }
+    budget = Budget(args.budget_s)
+    settings = {k: v for k, v in vars(args).items() if k != "json"}
+    out = Partial(args.json, "vmm", settings, make_targets)
+    out.set(missing_drivers=missing, cut_for_time=budget.cut)
+    # What only a GPU shows comes first: a run cut short has it.
+    beside = None
     if "cuda" in drivers and gpu_missing() is None:
         from bench.gpu.beside import measure_beside
 
-        results["beside_a_kernel"] = measure_beside(drivers["cuda"], args.rounds)
-    targets = make_targets(results)
-    print_targets(targets)
-    if args.json:
-        settings = {k: v for k, v in vars(args).items() if k != "json"}
-        write_json(args.json, report("vmm", settings, results, targets))
+        pages = page_sizes(drivers["cuda"], args.pages)
+        beside = measure_beside(drivers["cuda"], pages, args.beside_rounds, budget)
+    out.set(beside_a_kernel=beside)
+    first = {name: drivers[name] for name in sorted(drivers, key=lambda name: name != "cuda")}
+    out.set(operations=run_ops(first, args, budget))
+    out.set(touch=run_touch(drivers, args) if budget.allows("touch") else {})
+    if budget.allows("ensure"):
+        out.set(ensure=run_ensure(args, devices))
+    if "host" in drivers and budget.allows("bare_map"):
+        out.set(bare_map=run_bare(args))
+    out.write()  # with what was cut
+    print_targets(out.targets)
+    if budget.cut:
+        print(f"cut for time: {', '.join(budget.cut)}")
     return 0
 
 

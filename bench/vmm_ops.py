@@ -13,7 +13,7 @@ from vattn import _core
 
 # "remap" maps pages that were mapped before: the difference to "map" is what a first map pays for
 # memory that create did not make ready.
-OPS = ("create", "map", "set_access", "unmap", "remap", "destroy")
+OPS = ("reserve", "create", "map", "set_access", "unmap", "remap", "destroy", "release")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,11 @@ def _whole(
     def map_run() -> None:
         driver.map(base, pages, page)
 
+    bases: list[int] = []
+    grain = driver.granularity()
     costs = {
+        "reserve": meter("reserve", lambda: bases.append(driver.reserve(n * page, grain))),
+        "release": meter("release", lambda: driver.release(bases[0], n * page)),
         "create": meter("create", lambda: pages.extend(driver.create(n, page))),
         "map": meter("map", map_run),
         "set_access": meter("set_access", lambda: driver.set_access(base, n * page)),
@@ -133,7 +137,19 @@ def _one_by_one(
         for i in range(n):
             driver.destroy([pages[i]], page)
 
+    bases: list[int] = []
+    grain = driver.granularity()
+
+    def reserve_each() -> None:
+        bases.extend(driver.reserve(page, grain) for _ in range(n))
+
+    def release_each() -> None:
+        for range_base in bases:
+            driver.release(range_base, page)
+
     costs = {
+        "reserve": meter("reserve", reserve_each),
+        "release": meter("release", release_each),
         "create": meter("create", create_each),
         "map": meter("map", map_each),
         "set_access": meter("set_access", access_each),

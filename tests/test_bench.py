@@ -18,8 +18,7 @@ import bench.vmm
 from bench.cache_memory import measure_memory
 from bench.cache_model import Shape
 from bench.common import Budget, Target, counts, measure_pairs, sizes
-from bench.gpu import check
-from bench.gpu.check import Outcome, Stage
+from bench.vmm_ops import OPS
 from bench.waste import draw_lengths, footprint, read_lengths
 from tests.fake_cuda.fake import FakeCuda
 from vattn import KVCache
@@ -67,7 +66,37 @@ def test_vmm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {r["what"] for r in results["ensure"]["python"]} == {
         *("same lengths", "one more token each"),
     }
+    assert results["cut_for_time"] == []
     assert "targets" in capsys.readouterr().out
+
+
+def test_vmm_says_what_it_cut(tmp_path: Path) -> None:
+    path = tmp_path / "vmm.json"
+    arguments = ["--driver", "host", "--pages", "16KiB", "--runs", "4", "--budget-s", "0"]
+    assert bench.vmm.main([*arguments, "--json", str(path)]) == 0
+    results = load(path, "vmm")["results"]
+    cut = ["operations: host, 16K x 4", "touch", "ensure", "bare_map"]
+    assert results["cut_for_time"] == cut
+    assert results["operations"] == []
+
+
+def test_vmm_measures_every_page_size_of_a_gpu(fake_cuda: FakeCuda, tmp_path: Path) -> None:
+    path = tmp_path / "vmm.json"
+    arguments = ["--driver", "fake", "--runs", "1,2", "--rounds", "1", "--json", str(path)]
+    assert bench.vmm.main([*arguments, "--sequences", "8", "--pairs", "1"]) == 0
+    rows = {
+        (r["page_bytes"] >> 20, r["run_pages"], r["op"]): r
+        for r in load(path, "vmm")["results"]["operations"]
+    }
+    sizes = {(mib, run) for mib, run, _ in rows}
+    assert sizes == {(mib, run) for mib in (2, 4, 8, 16, 32) for run in (1, 2)}
+    assert {op for _, _, op in rows} == set(OPS)
+    # Access is set and ranges are unmapped in one call, pages are created and mapped one by one.
+    calls = {
+        op: rows[32, 2, op]["run_api_calls"] for op in ("set_access", "unmap", "create", "map")
+    }
+    assert calls == {"set_access": 1, "unmap": 1, "create": 2, "map": 2}
+    assert rows[32, 2, "set_access"]["single_api_calls"] == 2
 
 
 def test_vmm_keeps_the_rules_of_cuda(fake_cuda: FakeCuda) -> None:
@@ -127,7 +156,8 @@ def test_layout(tmp_path: Path) -> None:
     for cell in results["cells"]:
         assert cell["kernel"] == "sdpa/dense"
         assert cell["ratio"] > 0
-        assert cell["memory"]["live_bytes"] >= cell["memory"]["token_bytes"]
+    assert all(row["live_bytes"] >= row["token_bytes"] for row in results["memory"])
+    assert len(results["memory"]) == len(results["cells"])
     assert all(row["relative_error"] < 1e-4 for row in results["relative_errors"])
     layouts = results["trace"]["layouts"]
     assert results["trace"]["requests"] == 2
@@ -206,50 +236,3 @@ def test_arguments() -> None:
     budget = Budget(0)
     assert not budget.allows("all")
     assert budget.cut == ["all"]
-
-
-# gpu-check ----------------------------------------------------------------------------------------
-
-
-def test_gpu_check_without_a_gpu_skips_every_stage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(check, "gpu_missing", lambda: "no GPU in this test")
-    assert check.main(["--out", str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.strip().splitlines()
-    assert len(lines) == len(check.STAGES)
-    assert all("skipped" in line and "no GPU in this test" in line for line in lines)
-    for stage in check.STAGES:
-        document = json.loads((tmp_path / f"{stage.name}.json").read_text())
-        assert document["status"] == "skipped"
-        assert {"versions", "commit", "machine", "note"} <= set(document)
-
-
-def test_gpu_check_keeps_what_a_stage_left(tmp_path: Path) -> None:
-    write = "import sys; open(sys.argv[1], 'w').write('{\"x\": 1}')"
-    stages = [
-        Stage("good", 60, ("-c", write, "{json}")),
-        Stage("bad", 60, ("-c", "raise SystemExit(3)")),
-        Stage("slow", 1.5, ("-c", "print('began', flush=True); import time; time.sleep(60)")),
-    ]
-    outcomes = check.run_all(stages, tmp_path, total_s=100)
-    assert [o.status for o in outcomes] == ["passed", "failed", "timeout"]
-    assert outcomes[0].results == {"x": 1}
-    assert outcomes[1].note == "exit code 3"
-    assert "began" in json.loads((tmp_path / "slow.json").read_text())["log"]
-
-
-def test_gpu_check_ends_after_a_failed_build(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(check, "native_module_problem", lambda: "vattn._core is not built")
-    stages = [Stage("build", 60, ("-c", "raise SystemExit(1)")), Stage("vmm", 60, ("-c", ""))]
-    outcomes = check.run_all(stages, tmp_path, total_s=100)
-    assert [(o.stage, o.status) for o in outcomes] == [("build", "failed"), ("vmm", "skipped")]
-    assert outcomes[1] == Outcome("vmm", "skipped", "the build failed")
-
-
-def test_gpu_check_counts_tests_of_a_run_that_was_cut() -> None:
-    log = "tests/a.py::test_x PASSED [ 10%]\ntests/a.py::test_y[1] FAILED\ntests/a.py::test_z "
-    assert check.count_tests(log) == "1 passed, 1 failed"
-    assert check.count_tests("") == "no test ran"
