@@ -22,7 +22,7 @@ STAMP_DEV := $(VENV)/.stamp-dev
 CONFIGURE = $(CMAKE) -S . -G Ninja -DVATTN_BUILD_TESTS=ON \
 	-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 
-.PHONY: help demo test dev lint format fake stress test-sanitize soak gpu-check bench clean
+.PHONY: help demo test dev lint format fake stress test-sanitize soak gpu-check bench report clean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,6 +35,7 @@ help:
 	@echo "make soak           10,000 random requests with faults, cancellations and moving budgets"
 	@echo "make gpu-check      everything that a GPU can show; needs no network"
 	@echo "make bench          the benchmarks, tables and results/*.json"
+	@echo "make report         the README's GPU tables and the plots, from bench/results"
 	@echo "make clean          remove build products; rm -r $(VENV) removes the environment too"
 
 demo: $(STAMP_BASE)
@@ -95,7 +96,6 @@ GPU_READY := $(if $(wildcard $(BIN)/python),,$(shell $(PYTHON) -c 'from importli
 endif
 ifeq ($(GPU_READY),yes)
 gpu-check:
-	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
 	$(PYTHON) -m bench.gpu.check
 else
 gpu-check: $(STAMP_DEV)
@@ -113,6 +113,9 @@ bench: $(STAMP_DEV)
 	$(BIN)/python -m bench.memory --json results/memory.json
 	$(BIN)/python -m bench.overlap --json results/overlap.json
 	$(BIN)/python -m bench.offline --json results/offline.json
+
+report: $(STAMP_DEV)
+	$(BIN)/python -m bench.report
 
 clean:
 	rm -rf build dist results .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -173,6 +173,26 @@ class Padded:
         pass
 
 
+class Settings(Protocol):
+    """Of transformers' continuous batching."""
+
+    def config(self, work: Work) -> ContinuousBatchingConfig:
+        """For this work."""
+        ...
+
+
+@dataclass(frozen=True)
+class DeviceSettings:
+    """What transformers finds out for itself on a GPU; ``flash``: it may take FlashAttention."""
+
+    flash: bool
+
+    def config(self, work: Work) -> ContinuousBatchingConfig:
+        """See :class:`Settings`."""
+        del work
+        return ContinuousBatchingConfig(auto_switch_to_flash=self.flash)
+
+
 @dataclass(frozen=True)
 class BatchSettings:
     """Of transformers' continuous batching; the rest is its defaults."""
@@ -211,7 +231,7 @@ class GenerateBatch:
     def __init__(
         self,
         model: LlamaForCausalLM,
-        settings: BatchSettings | None,
+        settings: Settings | None,
         name: str,
         keep: Work | None = None,
     ) -> None:

@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,42 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
     if "vattn" not in found:  # on PYTHONPATH only
         found["vattn"] = _first_match(ROOT / "vattn/__init__.py", r'__version__ = "(.+)"') or "?"
     return found
 
 
 def git_commit() -> str:
-    """The commit of the checkout, with "-dirty" if files differ from it; "unknown" without git."""
+    """The commit of the checkout, with "-dirty" if files differ from it.
+
+    A copy of the tree without ``.git`` is what ``VATTN_COMMIT`` says, else "unknown".
+
+    Raises:
+        ValueError: ``VATTN_COMMIT`` is not a commit.
+    """
     git = shutil.which("git")
-    if git is None:
-        return "unknown"
+    if git is None or not (ROOT / ".git").exists():
+        return _commit_told()
     described = subprocess.run(
         [git, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    return described.stdout.strip() or "unknown"
+    return described.stdout.strip() or _commit_told()
+
+
+def _commit_told() -> str:
+    told = os.environ.get("VATTN_COMMIT", "unknown")
+    if told != "unknown" and not re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", told):
+        raise ValueError(
+            f"VATTN_COMMIT={told!r} is not a commit; give 7 to 40 hexadecimal digits, and -dirty "
+            "if files differ from it, or unset it"
+        )
+    return told
 
 
 def machine() -> dict[str, Any]:
@@ -66,8 +86,10 @@ def gpu_state() -> dict[str, Any]:
         "clocks.sm",
         "clocks.max.sm",
         "clocks.mem",
+        "clocks.max.mem",
         "temperature.gpu",
         "power.draw",
+        "power.limit",
         "utilization.gpu",
     )
     command = [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
