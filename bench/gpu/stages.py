@@ -99,7 +99,12 @@ STAGES = (
         "cache",
         *(30, 90),
         tests=(
-            *("tests/gpu/test_cache_gpu*.py", "tests/test_kv_cache.py", "tests/test_kv_memory.py"),
+            *(
+                "tests/gpu/test_cache_gpu*.py",
+                "tests/gpu/test_memory*.py",
+                "tests/test_kv_cache.py",
+            ),
+            "tests/test_kv_memory.py",
             *("tests/test_kv_pool.py", "tests/test_kept_*.py", "tests/test_swap_copy.py"),
         ),
     ),

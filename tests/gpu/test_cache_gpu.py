@@ -247,9 +247,11 @@ def test_graphs_replay_between_forks_releases_and_background_maps(
             c, b = b, cache.open(slot=1)
             cache.assign([b], [c])
             cache.release(c)
-        graph.replay()
         extra = cache.open(slot=2)
-        write(cache, extra, 3000 * (turn + 1), 100 + turn)  # maps beside the replay
+        ticket = cache.prepare([extra], [3000 * (turn + 1)])  # the mapper maps beside the replay
+        graph.replay()
+        ticket.wait()
+        write(cache, extra, 3000 * (turn + 1), 100 + turn)
         cache.release(extra)
         cuda.synchronize()
         assert bool((out[0] == 2).all())

@@ -37,15 +37,20 @@ class SwapSpace:
         if capacity_bytes < 0:
             raise ValueError(f"swap space of {capacity_bytes} bytes; give 0 or more")
         self.capacity_bytes = capacity_bytes
-        self.used_bytes = 0
+        self._used_bytes = 0
         self.pinned = pinned
         self._saved: set[Saved] = set()
         self._leaving: list[tuple[torch.cuda.Event, Saved]] = []
 
-    def room_for(self, n: int) -> bool:
-        """Whether ``n`` more bytes fit."""
+    @property
+    def used_bytes(self) -> int:
+        """Bytes that are taken, or that copies may still use."""
         while self._leaving and self._leaving[0][0].query():  # type: ignore[no-untyped-call]
             self._end(self._leaving.pop(0)[1])
+        return self._used_bytes
+
+    def room_for(self, n: int) -> bool:
+        """Whether ``n`` more bytes fit."""
         return 0 < n <= self.capacity_bytes - self.used_bytes
 
     def take(self, n: int, tokens: int, anchor: int) -> Saved:
@@ -62,7 +67,7 @@ class SwapSpace:
         buffer = torch.empty(n, dtype=torch.uint8, pin_memory=self.pinned)
         saved = Saved(tokens, anchor, buffer)
         self._saved.add(saved)
-        self.used_bytes += n
+        self._used_bytes += n
         return saved
 
     def give_back(self, saved: Saved) -> None:
@@ -79,9 +84,10 @@ class SwapSpace:
 
     def _end(self, saved: Saved) -> None:
         self._saved.remove(saved)
-        self.used_bytes -= saved.bytes
+        self._used_bytes -= saved.bytes
 
     def check(self) -> None:
         """Verifies the accounts."""
-        assert self.used_bytes == sum(saved.bytes for saved in self._saved), self.used_bytes
-        assert 0 <= self.used_bytes <= self.capacity_bytes, self.used_bytes
+        used = self.used_bytes
+        assert used == sum(saved.bytes for saved in self._saved), used
+        assert 0 <= used <= self.capacity_bytes, used

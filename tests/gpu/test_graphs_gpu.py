@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 import vattn
 from tests.engine_cases import greedy
@@ -148,3 +149,31 @@ def test_memory_of_a_running_engine_is_taken_away_and_given_back(device: str) ->
         assert llm.stats().num_preemptions > 0
         assert llm.stats().generation_tokens == sum(case.new_tokens for case in requests)
         assert_graphed(llm, device)
+
+
+@pytest.mark.parametrize("backend", [name for name, kind in BACKENDS.items() if kind.graphs])
+def test_steady_steps_never_wait_for_the_device(backend: str, device: str) -> None:
+    """Torch raises where its code would wait; the step that does fails its requests."""
+    if device != "cuda":
+        pytest.skip("only a GPU is waited for")
+    requests = cases(8, new=60)
+    sampled = vattn.SamplingParams(temperature=0.8, top_p=0.9, max_tokens=60, ignore_eos=True)
+    with engine(device, attention_backend=backend, async_scheduling=True) as llm:
+        added = []
+        for i, case in enumerate(requests):
+            params = greedy(case.new_tokens, logprobs=1) if i % 2 else sampled
+            added += llm.engine.make_requests(f"r{i}", list(case.prompt), params)
+        for request in added:
+            llm.engine.add(request)
+        while min(len(request.output_ids) for request in added) < 3:
+            llm.engine.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(20):
+                llm.engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        while llm.engine.has_unfinished:
+            llm.engine.step()
+        assert [request.error for request in added] == [None] * len(added)
+        assert [len(request.output_ids) for request in added] == [60] * len(added)
