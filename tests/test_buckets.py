@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vattn.engine import buckets
-from vattn.engine.buckets import Buckets, capture_sizes, length_buckets
+from vattn.engine.buckets import Buckets, capture_sizes, full_rows, length_buckets
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,25 @@ def test_every_step_fits_into_the_smallest_bucket(monkeypatch: pytest.MonkeyPatc
 def test_bad_capture_sizes(sizes: list[int]) -> None:
     with pytest.raises(ValueError, match="max_num_seqs=20"):
         Buckets(20, 100, sizes)
+
+
+def test_full_steps_have_one_length() -> None:
+    found = Buckets(32, 5000, [1, 8, 32], full_rows=27)
+    assert list(found) == [
+        (32, 5000),
+        (8, 5000),
+        (8, 4096),
+        (8, 1024),
+        (1, 5000),
+        (1, 4096),
+        (1, 1024),
+    ]
+    assert len(found) == 7
+    assert found.find(9, 100) == (32, 5000)
+    assert found.find(8, 100) == (8, 1024)
+    assert found.find(9, 5001) is None
+
+
+def test_rows_that_fill_a_gpu() -> None:
+    assert full_rows(8, 132) == 27
+    assert full_rows(1, 132) == 212

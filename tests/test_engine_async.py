@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
+import torch
 
 import vattn
 from tests.engine_cases import (
@@ -21,6 +23,7 @@ from tests.stub_model import VOCABULARY, StubModel, StubRunner, expected_tokens
 from vattn.engine.batch import SAMPLED, StepBatch
 from vattn.engine.config import EngineConfig
 from vattn.engine.engine import Engine
+from vattn.engine.memory import MemoryManager
 from vattn.engine.outputs import OutputKind
 from vattn.request import FinishReason, Request, SamplingParams
 
@@ -233,21 +236,76 @@ def test_an_interruption_with_a_step_in_flight_loses_everything_cleanly() -> Non
     finish(engine)
 
 
-def test_the_slot_of_a_padding_row_survives_a_loss() -> None:
-    engine, _ = make_engine()
+@pytest.fixture
+def with_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines set a slot apart, as they do for graphs."""
+    build = MemoryManager.__init__
+
+    def with_slot(self: Any, cache: Any, **options: Any) -> None:
+        build(self, cache, **{**options, "scratch": True})
+
+    monkeypatch.setattr(MemoryManager, "__init__", with_slot)
+
+
+@pytest.mark.usefixtures("with_scratch")
+def test_the_slot_of_padding_rows_survives_an_interruption() -> None:
+    engine, runner = make_engine()
     memory = engine.memory
-    memory.scratch_slot = engine.cache.max_seqs - 1
-    memory._open_scratch()
-    request = start(engine, prompt(20), 12)
-    engine.step()
-    engine.check()
-    engine.scheduler.lose_all("lost")
-    memory.lose_all()
-    engine._in_flight = None
+    assert memory.scratch_slot is not None
+    address = engine.cache.view(memory.scratch_slot, 0)[0].data_ptr()
+    runner.fail_at, runner.error = 2, KeyboardInterrupt()
+    start(engine, prompt(20), 12, "lost")
+    # Somebody else on the pool takes every page that becomes free.
+    other = vattn.KVCache(
+        2, 2, 8, torch.float32, max_seqs=1, max_tokens=40_000, pool=memory.cache.pool
+    )
+    release = engine.cache.trim
+
+    def trim_and_take() -> None:
+        release()
+        with contextlib.suppress(vattn.OutOfPages):
+            for tokens in range(100, 40_000, 100):
+                other.ensure(thief, tokens)
+
+    thief = other.open()
+    engine.cache.trim = trim_and_take  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        drive(engine)
     memory.check()
     assert engine.cache.tokens(memory.scratch_slot) == 1
-    assert request.finished
-    engine.cache.release(memory.scratch_slot)
-    memory.scratch_slot = None
-    engine.scheduler.take_finished()
-    finish(engine)
+    assert engine.cache.view(memory.scratch_slot, 0)[0].data_ptr() == address
+    engine.cache.trim = release  # type: ignore[method-assign]
+    other.close()
+    again = start(engine, prompt(20), 12, "again")
+    drive(engine)
+    assert again.output_ids == expected_tokens(prompt(20), 12)
+    engine.close()
+
+
+@pytest.mark.usefixtures("with_scratch")
+@pytest.mark.parametrize("pages", [7, 13])
+def test_a_request_that_needs_the_padding_rows_pages_is_refused(pages: int) -> None:
+    """For every length there is an answer: it fits, or the budget is too small, and no wait."""
+    for tokens in range(60, 260, 9):
+        engine, _ = make_engine(pages)
+        request = start(engine, prompt(tokens), 4)
+        drive(engine)
+        assert request.finish_reason in (FinishReason.LENGTH, FinishReason.ERROR)
+        if request.finish_reason is FinishReason.ERROR:
+            assert "pages" in str(request.error)
+        engine.close()
+
+
+@pytest.mark.usefixtures("with_scratch")
+def test_closing_with_a_step_in_flight_leaves_nothing() -> None:
+    engine, _ = make_engine()
+    request = start(engine, prompt(20), 12)
+    for _ in range(3):
+        engine.step()
+    pool = engine.cache.pool
+    engine.close()
+    assert request.finish_reason is FinishReason.ABORT
+    assert request.in_flight == 0
+    assert engine._in_flight is None
+    assert pool.stats().used_bytes == 0
+    pool.check()

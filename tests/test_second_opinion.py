@@ -1,4 +1,4 @@
-"""`tests/gpu/test_second_opinion_gpu.py` on the fake libcuda, which cuda-python takes for the real one.
+"""`tests/gpu/test_second_opinion_gpu.py` on the fake libcuda, by cuda-python.
 
 In a process of its own, for the dynamic loader has to find the fake by the real library's name.
 """
@@ -26,7 +26,8 @@ def test_cuda_python_agrees_on_the_fake(tmp_path: Path) -> None:
         "LD_LIBRARY_PATH": f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}",
         "FAKE_CUDA_REPORT": str(report),
     }
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu/test_second_opinion_gpu.py"]
+    file = "tests/gpu/test_second_opinion_gpu.py"
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", file]
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
     )

@@ -49,15 +49,48 @@ class CudaGraph:
             try:
                 work()
             except BaseException:
-                with contextlib.suppress(RuntimeError):  # why it failed is known already
+                try:
                     self._graph.capture_end()
+                except RuntimeError:  # why it failed is known already
+                    self._clean_up()
                 raise
             self._graph.capture_end()
         current.wait_stream(self._stream)
 
+    def _clean_up(self) -> None:
+        """Ends what a capture that CUDA has given up leaves begun in torch.
+
+        Its end raises before torch's allocator and random numbers have left the capture: the former
+        is told, and the latter leave with the next capture that works, which is of nothing.
+        """
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
+        with contextlib.suppress(RuntimeError):
+            empty = torch.cuda.CUDAGraph()
+            empty.capture_begin(capture_error_mode="thread_local")
+            empty.capture_end()
+
     def replay(self) -> None:
         """See :meth:`Graph.replay`."""
         self._graph.replay()
+
+
+def run_without_waiting(work: Callable[[], object], device: torch.device) -> None:
+    """On a GPU, runs work that must not ask the device for a result, so that it can be captured.
+
+    Torch tells beforehand, when nothing is lost yet; what CUDA has given up leaves traces.
+
+    Raises:
+        RuntimeError: it does ask.
+    """
+    if device.type != "cuda":
+        return  # nobody waits for a CPU
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def graph_maker(device: torch.device) -> Callable[[], Graph]:

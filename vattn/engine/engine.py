@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from vattn._core import DriverError
 from vattn.attention.select import choose
 from vattn.engine.batch import pack
@@ -56,6 +58,11 @@ class Engine:
     ) -> None:
         self.loaded = loaded
         self.config = config
+        with self._on_device():
+            self._build(tokenizer, pool)
+
+    def _build(self, tokenizer: Any, pool: PagePool | None) -> None:
+        loaded, config = self.loaded, self.config
         self.max_model_len = max_model_len(loaded, config)
         backend = choose(loaded.specs, loaded.device, config.order, name=config.attention_backend)
         if pool is None:
@@ -76,7 +83,12 @@ class Engine:
                 "agree"
             )
         graphs = not config.enforce_eager and backend.graphs and can_capture(loaded.device)
-        self.cache = make_cache(loaded, config, self.max_model_len, backend, pool, graphs)
+        self.is_async = config.async_scheduling
+        if self.is_async is None:
+            self.is_async = loaded.device.type == "cuda"
+        # With tokens in flight a sequence keeps its slot for a step longer than it is computed.
+        spare = graphs + self.is_async * config.max_num_seqs
+        self.cache = make_cache(loaded, config, self.max_model_len, backend, pool, spare)
         swap_gib = config.swap_space
         if swap_gib is None:
             swap_gib = _SWAP_GIB[loaded.device.type]
@@ -86,9 +98,6 @@ class Engine:
             swap=SwapSpace(int(swap_gib * 2**30), pinned=loaded.device.type == "cuda"),
             scratch=graphs,
         )
-        self.is_async = config.async_scheduling
-        if self.is_async is None:
-            self.is_async = loaded.device.type == "cuda"
         self.scheduler = Scheduler(
             self.memory,
             max_num_seqs=config.max_num_seqs,
@@ -186,7 +195,8 @@ class Engine:
             The requests with new tokens, and those that have ended for any reason.
         """
         try:
-            return self._step()
+            with self._on_device():
+                return self._step()
         except BaseException as error:
             # Whatever was interrupted, nothing half-done is left, and no K or V that was not
             # computed is found by the next request.
@@ -216,6 +226,11 @@ class Engine:
         elif not plan.slots and launched is None:
             time.sleep(_PAUSE_S)  # what is waiting needs pages that are in use elsewhere
         return news
+
+    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
+        """Streams, events and launches are those of the model's device, whatever is current."""
+        device = self.loaded.device
+        return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
     def _drop_in_flight(self) -> None:
         """Forgets a step that computed a token in vain for requests that have all ended."""
@@ -267,12 +282,9 @@ class Engine:
             prompt_ends = self.memory.last_prompt_tokens(plan.decodes)
             self.memory.index_prompts()
             self._stage()
-        except DriverError as error:
-            if error.fatal:
-                raise
-            self._fail(plan, error)
-            return None
         except Exception as error:
+            if _is_fatal(error):
+                raise
             self._fail(plan, error)
             return None
         self._prompt_tokens += len(batch.input_ids) - len(plan.decodes) + prompt_ends
@@ -292,6 +304,8 @@ class Engine:
         try:
             sampled = launched.arriving.wait()
         except Exception as error:
+            if _is_fatal(error):
+                raise
             self._fail(plan, error)
             return []
         sampling = plan.sampling
@@ -354,9 +368,13 @@ class Engine:
         """Aborts what runs and gives the memory of the KV cache back."""
         if self._inbox:
             self._take_inbox()
-        self.scheduler.abort_all()
-        self._drop_in_flight()
-        self.cache.close()
+        with self._on_device():
+            self.scheduler.abort_all()
+            if self._in_flight is not None:
+                self.scheduler.drop(self._in_flight.plan)
+                self._in_flight = None
+            self.memory.close()
+            self.cache.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,3 +383,11 @@ class _Launched:
 
     plan: Plan
     arriving: Arriving
+
+
+def _is_fatal(error: Exception) -> bool:
+    """Whether nothing works any more on the device, as after an illegal access of a kernel."""
+    if isinstance(error, DriverError):
+        return error.fatal
+    # A kernel's error, told by whatever call of torch came next.
+    return isinstance(error, torch.AcceleratorError)

@@ -21,7 +21,7 @@ from vattn.attention.flash_calls import DecodeTensors, kv_starts, slot_sizes
 from vattn.attention.upload import Packing, Uploader
 from vattn.engine.batch import StepBatch
 from vattn.engine.buckets import Bucket, Buckets
-from vattn.engine.cuda_graph import Graph, graph_maker, no_garbage_collection
+from vattn.engine.cuda_graph import Graph, graph_maker, no_garbage_collection, run_without_waiting
 from vattn.kv.cache import KVCache
 
 _log = logging.getLogger(__name__)
@@ -214,6 +214,8 @@ class DecodeGraphs:
         self._fill(self._padding(bucket.rows), bucket.rows)
         try:
             work()  # what is made on first use, from workspaces to compiled code, is made now
+            if not self._graphs:
+                run_without_waiting(work, self._cache.device)
             graph.capture(work)
         except torch.OutOfMemoryError as error:
             error.add_note(_TOO_LARGE)

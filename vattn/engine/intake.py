@@ -28,8 +28,7 @@ class Intake:
         self, loaded: LoadedModel, config: EngineConfig, max_model_len: int, *, has_tokenizer: bool
     ) -> None:
         self.max_model_len = max_model_len
-        self._vocab_size = loaded.vocab_size
-        self._eos = loaded.eos_token_ids
+        self._loaded = loaded
         self._policy = config.scheduling_policy
         self._has_tokenizer = has_tokenizer
         self._seeds = random.Random(config.seed)
@@ -54,7 +53,7 @@ class Intake:
         most = self.max_model_len - len(ids)
         stop_ids = frozenset(params.stop_ids)
         if not params.ignore_eos:
-            stop_ids |= self._eos
+            stop_ids |= self._loaded.eos_token_ids
         requests: list[Request] = []
         for index in range(params.n):
             request = Request(
@@ -89,9 +88,11 @@ class Intake:
                 f"the prompt has {len(ids)} tokens, and max_model_len={self.max_model_len} leaves "
                 "no room for a new one; shorten it, or raise max_model_len if the model allows it"
             )
-        if min(ids) < 0 or max(ids) >= self._vocab_size:
-            bad = next(t for t in ids if not 0 <= t < self._vocab_size)
-            raise ValueError(f"token id {bad} is not one of the {self._vocab_size} of this model")
+        if min(ids) < 0 or max(ids) >= self._loaded.vocab_size:
+            bad = next(t for t in ids if not 0 <= t < self._loaded.vocab_size)
+            raise ValueError(
+                f"token id {bad} is not one of the {self._loaded.vocab_size} of this model"
+            )
         return ids
 
     def _check_params(self, params: SamplingParams, priority: int) -> None:
@@ -107,7 +108,7 @@ class Intake:
                 "come, first served"
             )
         for token in params.stop_ids:
-            if token >= self._vocab_size:
+            if token >= self._loaded.vocab_size:
                 raise ValueError(
-                    f"stop_token_ids has {token}, not one of the {self._vocab_size} tokens"
+                    f"stop_token_ids has {token}, not one of the {self._loaded.vocab_size} tokens"
                 )

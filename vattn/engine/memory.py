@@ -15,6 +15,7 @@ whenever somebody needs them, and before anybody is preempted.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,13 +80,14 @@ class MemoryManager:
         self._fresh: list[Request] = []  # whose prompts are not computed yet
         self._tickets: list[Ticket] = []
         self._trouble: DriverError | None = None  # why the latest grow() failed, if not for pages
-        self.scratch_slot: int | None = cache.max_seqs - 1 if scratch else None
-        self._open_scratch()
-
-    def _open_scratch(self) -> None:
-        if self.scratch_slot is not None:
-            self.cache.open(slot=self.scratch_slot)
-            self.cache.ensure(self.scratch_slot, 1)
+        self.scratch_slot: int | None = None
+        self.scratch_pages = 0
+        if scratch:
+            # Captured graphs know its address: it stays as it is for as long as the cache lives.
+            self.scratch_slot = cache.max_seqs - 1
+            self.scratch_pages = cache.admission_pages(1)
+            cache.open(slot=self.scratch_slot)
+            cache.ensure(self.scratch_slot, 1)
 
     # Admission ------------------------------------------------------------------------------------
 
@@ -229,8 +231,9 @@ class MemoryManager:
         return needed <= available
 
     def _budget_pages(self) -> int:
+        """Pages that sequences may have in all."""
         stats = self.cache.pool.core.stats()
-        return stats["budget_bytes"] // stats["page_bytes"]
+        return max(0, stats["budget_bytes"] // stats["page_bytes"] - self.scratch_pages)
 
     def _check_ever_fits(self, request: Request, total: int) -> None:
         needed, budget = self.cache.admission_pages(total), self._budget_pages()
@@ -421,15 +424,21 @@ class MemoryManager:
 
     def lose_all(self) -> None:
         """Gives back every slot and keeps nothing, whatever state an interruption has left."""
-        for slot in range(self.cache.max_seqs):
-            if self.cache.is_open(slot):
-                self.cache.mark_dirty(slot)
-                self.cache.release(slot)
-        self.cache.trim()
         self.index = PrefixIndex()
         self._owners, self._fresh, self._trouble = {}, [], None
         self.swap = SwapSpace(self.swap.capacity_bytes, pinned=self.swap.pinned)
-        self._open_scratch()  # captured graphs know it by its number
+        for slot in range(self.cache.max_seqs):
+            if self.cache.is_open(slot) and slot != self.scratch_slot:
+                with contextlib.suppress(DriverError):  # the others are given back all the same
+                    self.cache.mark_dirty(slot)
+                    self.cache.release(slot)
+        self.cache.trim()
+
+    def close(self) -> None:
+        """Ends the use of the scratch slot; steps that were launched may still write to it."""
+        if self.scratch_slot is not None and self.cache.is_open(self.scratch_slot):
+            self.cache.release(self.scratch_slot)
+        self.scratch_slot, self.scratch_pages = None, 0
 
     def reset_prefix_cache(self) -> None:
         """Forgets every kept sequence; running ones go on."""

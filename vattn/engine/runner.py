@@ -12,7 +12,7 @@ import torch
 from vattn.attention.base import AttentionSpec, Backend, Step
 from vattn.attention.upload import Uploader
 from vattn.engine.batch import StepBatch
-from vattn.engine.buckets import Buckets
+from vattn.engine.buckets import Buckets, full_rows
 from vattn.engine.graphs import DecodeGraphs, PreparesDecodes, replace_sampled
 from vattn.hf.attention import answered_by
 from vattn.hf.model import LoadedModel
@@ -90,7 +90,9 @@ class ModelRunner:
             cache,
             cast(PreparesDecodes, backend),
             self._upload,
-            Buckets(max_num_seqs, max_model_len, capture_sizes),
+            Buckets(
+                max_num_seqs, max_model_len, capture_sizes, full_rows=_full_rows(loaded, cache)
+            ),
             scratch_slot,
             self._last_tokens,
             loaded.vocab_size,
@@ -194,6 +196,14 @@ class ModelRunner:
             )
         logits: torch.Tensor = out.logits[0]
         return logits if keeps else logits[rows]
+
+
+def _full_rows(loaded: LoadedModel, cache: KVCache) -> int | None:
+    """From how many decodes on no layer's attention is split over the device."""
+    if cache.device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(cache.device)
+    return full_rows(min(s.kv_heads for s in loaded.specs), properties.multi_processor_count)
 
 
 class _Layers:

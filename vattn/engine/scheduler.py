@@ -23,6 +23,7 @@ another and is in every plan, so it ends; and nobody is admitted past the head o
 from __future__ import annotations
 
 import time
+from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from operator import attrgetter
@@ -342,7 +343,7 @@ class Scheduler:
         """Stages the head of the queue, if it fits and nobody has given way in this step."""
         while self._barrier is None and (head := self._waiting.first()) is not None:
             if self._admit(head):
-                self._staged.append(head)
+                insort(self._staged, head, key=self._order)
                 return head
             if not head.finished:
                 break

@@ -62,7 +62,7 @@ def make_cache(
     tokens: int,
     backend: Backend,
     pool: PagePool,
-    scratch: bool,
+    spare: int,
 ) -> KVCache:
     """The KV cache, with as many slots for kept sequences as kernels can address."""
     kept = max(_MIN_KEPT_SLOTS, _KEPT_SLOTS_PER_SEQ * config.max_num_seqs)
@@ -71,7 +71,7 @@ def make_cache(
         try:
             return KVCache(
                 loaded.layer_specs(),
-                max_seqs=config.max_num_seqs + extra + scratch,
+                max_seqs=config.max_num_seqs + extra + spare,
                 max_tokens=tokens,
                 pool=pool,
                 order=config.order or backend.order,

@@ -14,6 +14,7 @@ divided into a forward and a backward part, so nothing computes one again there 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -178,6 +179,7 @@ def _attend_shape(
     return query.new_empty(batch, tokens, heads, value.shape[-1])
 
 
+@functools.cache
 def _define_operator() -> Any:
     """Makes ``torch.ops.vattn.attend``; it lives as long as the library that is returned."""
     library: Any = torch.library.Library("vattn", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -190,9 +192,6 @@ def _define_operator() -> Any:
     torch.library.register_fake("vattn::attend", _attend_shape, lib=library)
     library._register_effectful_op("vattn::attend", EffectType.ORDERED)
     return library
-
-
-_LIBRARY = _define_operator()
 
 
 # Masks --------------------------------------------------------------------------------------------
@@ -220,7 +219,8 @@ def _observed_mask(
 
 
 def register() -> None:
-    """Makes the names known to transformers; again and again if one likes."""
+    """Makes the names known to transformers and torch; again and again if one likes."""
+    _define_operator()
     for name in (NAME, OBSERVED):
         AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(OBSERVED, _observed_mask)
