@@ -33,7 +33,7 @@ help:
 	@echo "make fake           the fake CUDA driver, $(FAKE)"
 	@echo "make test-sanitize  the C++ stress test under TSan and under ASan+UBSan (also: make stress)"
 	@echo "make soak           10,000 random requests with faults, cancellations and moving budgets"
-	@echo "make gpu-check      everything that a GPU can show; needs no network"
+	@echo "make gpu-check      what a GPU can show in nine minutes; needs no network"
 	@echo "make bench          the benchmarks, tables and results/*.json"
 	@echo "make report         the README's GPU tables and the plots, from bench/results"
 	@echo "make clean          remove build products; rm -r $(VENV) removes the environment too"

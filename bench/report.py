@@ -5,10 +5,11 @@
     python -m bench.report --collect results/nvidia-h200  # takes over what a gpu-check measured
     python -m bench.report --suggest bench/results/nvidia-h200/layout.json
 
-``--collect`` copies the stages that passed, without their logs and without paths of the machine;
-then run it without arguments. A stage that failed, ran out of time or was rehearsed on a CPU has no
-figures. ``--suggest`` says which layout a result of bench.layout speaks for: the entry of
-vattn/kv/defaults.py.
+``--collect`` copies the stages that have something to show, without their logs and without paths of
+the machine; then run it without arguments. Those are the stages that passed, and of benchmarks that
+ran out of time or lost a part ("partial") what they had measured, each row with that status. One
+that failed, was ended by a signal or was rehearsed on a CPU has no figures. ``--suggest`` says
+which layout a result of bench.layout speaks for: the entry of vattn/kv/defaults.py.
 """
 
 from __future__ import annotations

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.common import Json, write_json
 from bench.gpu.stages import STAGES
+from bench.gpu.written import failed_parts, measured
 
 ORDER = [stage.name for stage in STAGES]
+_ROWS = {stage.name: stage.rows for stage in STAGES}
+# Of a benchmark of several parts, what it had measured before one failed or its time was over.
+_INCOMPLETE = ("partial", "timeout")
+# What a part gives that has neither its name nor rows of its own.
+_GIVEN_BY = {("mapping", "steps"): ("ways", "live_bytes")}
 
 # Of results/<gpu>/<stage>.json; what is published leaves out what a run printed.
 _PUBLISHED = (
@@ -25,7 +31,7 @@ _PATH = re.compile(r"(?<![\w.:/])(?:/[\w.@+~-]+)+/([\w.@+~-]*)")
 
 @dataclass(frozen=True)
 class StageFile:
-    """A published result of one stage on one GPU that ended well."""
+    """A published result of one stage on one GPU: that passed, or what it has of figures."""
 
     path: str  # from the root of the repository
     folder: str  # of the GPU: "nvidia-h200"
@@ -55,7 +61,13 @@ class StageFile:
     def source(self) -> str:
         """Where a figure comes from, as Markdown."""
         link = f"[{self.path.rsplit('/', 1)[-1]}]({self.path})"
-        return f"{link}, {self.gpu}, {self.commit}, `{self.command}`"
+        said = "" if self.status == "passed" else f", **{self.status}**"
+        return f"{link}, {self.gpu}, {self.commit}, `{self.command}`{said}"
+
+    @property
+    def status(self) -> str:
+        """What the stage ended as: "passed", "partial" or "timeout"."""
+        return str(self.document["status"])
 
     @property
     def benchmark(self) -> Json:
@@ -80,8 +92,48 @@ def gpu_folders(results: Path) -> list[Path]:
     return sorted(p for p in results.glob("*") if p.is_dir() and p.name != "cpu")
 
 
+def publishable(document: Json) -> Json | None:
+    """A stage's file without the figures of parts that failed; None if it has nothing to show.
+
+    A stage that passed is shown as it is; one of tests that did not has nothing.
+    """
+    if document["status"] == "passed":
+        return document
+    if document["status"] not in _INCOMPLETE:
+        return None
+    whole = document["results"]
+    if not isinstance(whole, Mapping) or not isinstance(whole.get("results"), Mapping):
+        return None
+    stage = document["stage"]
+    kept = without(stage, whole["results"], failed_parts(whole))
+    shown = {**whole, "results": kept}
+    if kept != whole["results"]:
+        shown["targets"] = []  # they may be of what is gone
+    return {**document, "results": shown} if measured(shown, _ROWS[stage]) else None
+
+
+def without(stage: str, results: Mapping[str, Any], parts: Sequence[str]) -> Json:
+    """Results without those of some parts: whole entries, and rows of lists by what they are of."""
+    gone = {*parts, *(name for part in parts for name in _GIVEN_BY.get((stage, part), ()))}
+    return {
+        name: [row for row in value if not _parts_of(name, row) & gone]
+        if isinstance(value, list)
+        else value
+        for name, value in results.items()
+        if name == "failed" or name not in gone
+    }
+
+
+def _parts_of(name: str, row: Any) -> set[str]:
+    """What bench.decode and bench.prefill may call the part that measured a row."""
+    if not isinstance(row, Mapping) or "mode" not in row:
+        return set()
+    point = f"{row.get('batch')}x{row.get('context')}"
+    return {f"{name} {row['mode']} {point}", f"{row['mode']} {row.get('tokens')}"}
+
+
 def load(folder: Path, root: Path) -> list[StageFile]:
-    """The stages of a GPU that passed, in their order; others have no figures to show.
+    """The stages of a GPU that have something to show, in their order.
 
     Raises:
         ValueError: a file that no stage of gpu-check wrote, or of a rehearsal.
@@ -98,13 +150,14 @@ def load(folder: Path, root: Path) -> list[StageFile]:
             )
         if document.get("rehearsal"):
             raise ValueError(f"{name} is of a rehearsal on a CPU; remove it")
-        if document["status"] == "passed":
-            found.append(StageFile(name, folder.name, document))
+        shown = publishable(document)
+        if shown is not None:
+            found.append(StageFile(name, folder.name, shown))
     return sorted(found, key=lambda file: ORDER.index(file.stage))
 
 
 def collect(source: Path, results: Path) -> list[Path]:
-    """Copies the stages that passed to ``results/<gpu>/``, without logs and paths of the machine.
+    """Copies what can be shown to ``results/<gpu>/``, without logs and paths of the machine.
 
     Args:
         source: of a run of gpu-check: its name is the GPU's.
@@ -114,23 +167,27 @@ def collect(source: Path, results: Path) -> list[Path]:
         What was written.
 
     Raises:
-        ValueError: nothing there passed, or it is of a rehearsal.
+        ValueError: nothing there passed or has figures, or it is of a rehearsal.
     """
-    passed = []
+    taken = []
     for path in sorted(source.glob("*.json")):
         document = json.loads(path.read_text())
         if not isinstance(document, dict) or document.get("stage") not in ORDER:
             raise ValueError(f"{path} is not the result of a stage of gpu-check")
         if document.get("rehearsal"):
             raise ValueError(f"{path} is of a rehearsal on a CPU: no measurement")
-        if document["status"] == "passed":
-            passed.append(document)
-        else:
-            print(f"left out: {document['stage']}, which is {document['status']}")
-    if not passed:
-        raise ValueError(f"{source} has no result of a stage that passed; give results/<gpu>")
+        shown = publishable(document)
+        status = document["status"]
+        if shown is None:
+            print(f"left out: {document['stage']}, which is {status} and has no figure")
+            continue
+        if status != "passed":
+            print(f"not complete: {document['stage']}, which is {status}: {document['note']}")
+        taken.append(shown)
+    if not taken:
+        raise ValueError(f"{source} has no stage that passed or has figures; give results/<gpu>")
     written = []
-    for document in passed:
+    for document in taken:
         target = results / _slug(document, source) / f"{document['stage']}.json"
         write_json(target, scrub({key: document[key] for key in _PUBLISHED}))
         written.append(target)

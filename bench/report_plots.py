@@ -47,7 +47,8 @@ def _save(title: str, path: Path, file: StageFile, draw: Draw) -> None:
     with matplotlib.rc_context(style):
         figure = Figure((_WIDTH_IN, _HEIGHT_IN), layout="constrained")
         axes = figure.subplots()
-        axes.set_title(f"{title} ({file.commit})", fontsize=10)
+        said = "" if file.status == "passed" else f", {file.status}"
+        axes.set_title(f"{title} ({file.commit}{said})", fontsize=10)
         draw(axes, file)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})

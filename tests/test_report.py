@@ -191,13 +191,65 @@ def test_a_stage_that_is_missing_has_no_figure_and_no_plot(root: Path) -> None:
     assert plots(root) == {f"gpu-nvidia-h200-{n}.svg" for n in _PLOTS if n != "decode"}
 
 
-@pytest.mark.parametrize("status", ["failed", "timeout", "cut", "skipped"])
-def test_a_stage_that_did_not_pass_has_no_figure(root: Path, status: str) -> None:
+@pytest.mark.parametrize("status", ["failed", "cut", "skipped"])
+def test_a_stage_that_failed_has_no_figure(root: Path, status: str) -> None:
     put(root, [STAGES[0], STAGES[1] | {"status": status}])
     text = rendered(root)
     assert "65 passed" in text
     assert "decode" not in text
     assert plots(root) == set()
+
+
+@pytest.mark.parametrize("status", ["partial", "timeout"])
+def test_figures_of_a_stage_that_is_not_complete_say_so(root: Path, status: str) -> None:
+    put(root, [STAGES[1] | {"status": status}])
+    text = rendered(root)
+    assert "| model | graphs | 64 x 2K | 5.7 | 5 | 1.14x |" in text
+    assert "| step | 1.2x | at most 1.5x | met |" in text
+    rows = [line for line in text.splitlines() if "decode.json" in line]
+    assert len(rows) == 2
+    assert all(row.endswith(f"--only decode`, **{status}** |") for row in rows)
+    assert plots(root) == {"gpu-nvidia-h200-decode.svg"}
+    plot = root / "docs/images/gpu-nvidia-h200-decode.svg"
+    assert f"0123456, {status}" in plot.read_text()
+
+
+def test_figures_of_a_part_that_failed_do_not_appear(root: Path) -> None:
+    step = DECODE_ROW | {"floor_us": 5000.0}
+    rows = [step, step | {"mode": "eager", "context": 1024}, step | {"mode": "eager"}]
+    failed = [{"part": "steps eager 64x2048", "why": "AssertionError: x"}]
+    targets = [target("step", 1.2, 1.5, True)]
+    put(root, [stage("decode", {"steps": rows, "failed": failed}, targets, status="partial")])
+    text = rendered(root)
+    assert "| model | graphs | 64 x 2K |" in text
+    assert "| model | eager | 64 x 1K |" in text
+    assert "| model | eager | 64 x 2K |" not in text
+    assert "| step |" not in text  # it may be of the part that failed
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "results", "left"),
+    [
+        ("prefill", "eager 8192", {"prefill": [{"mode": "eager", "tokens": 8192}]}, False),
+        ("prefill", "compiled 8192", {"prefill": [{"mode": "eager", "tokens": 8192}]}, True),
+        ("workload", "nano", {"nano": {"shape": "x"}, "served": [SERVED_ROW]}, True),
+        ("workload", "nano", {"nano": {"shape": "x"}}, False),
+        ("mapping", "steps", {"ways": {"ahead": {"p50": 1}}, "steady": True}, False),
+    ],
+)
+def test_a_stage_of_which_every_part_failed_has_nothing_to_show(
+    root: Path, name: str, part: str, results: dict[str, Any], left: bool
+) -> None:
+    failed = {"failed": [{"part": part, "why": "x"}]}
+    folder = put(root, [stage(name, results | failed, status="partial")])
+    found = load(folder, root)
+    assert [file.stage for file in found] == ([name] if left else [])
+    assert all("nano" not in file.results for file in found)
+
+
+def test_a_stage_that_is_not_complete_and_measured_nothing_is_not_shown(root: Path) -> None:
+    put(root, [STAGES[0] | {"status": "timeout"}, stage("decode", {"steps": []}, status="timeout")])
+    assert rendered(root) == README.replace("old\n", UNMEASURED)
 
 
 def test_a_gpu_without_a_stage_that_passed_is_not_named(root: Path) -> None:
@@ -289,10 +341,10 @@ def test_collect_takes_over_what_passed_without_the_machine_s_paths(
     run.mkdir(parents=True)
     missing = {"flash_attn": "cannot open /opt/lib64/libx.so.1: no such file", "rate": "tok/s"}
     good = stage("decode", {"missing_kernels": missing, "trace": "bench/results/cpu"})
-    for document in (good, STAGES[2] | {"status": "timeout"}):
+    for document in (good, stage("layout", {"cells": []}, status="timeout")):
         (run / f"{document['stage']}.json").write_text(json.dumps(document))
     assert report.main(["--collect", str(run)], root) == 0
-    assert "left out: layout, which is timeout" in capsys.readouterr().out
+    assert "left out: layout, which is timeout and has no figure" in capsys.readouterr().out
     folder = root / "bench/results/nvidia-h200"  # by the device's name
     assert [path.name for path in folder.iterdir()] == ["decode.json"]
     text = (folder / "decode.json").read_text()
@@ -317,8 +369,8 @@ def test_collect_refuses_a_rehearsal_and_a_run_without_results(root: Path, capsy
     assert "rehearsal on a CPU" in capsys.readouterr().err
     (run / "decode.json").write_text(json.dumps(STAGES[1] | {"status": "failed"}))
     assert report.main(["--collect", str(run)], root) == 1
-    assert "no result of a stage that passed" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="no result of a stage that passed"):
+    assert "no stage that passed or has figures" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no stage that passed or has figures"):
         collect(root / "nowhere", root / "bench/results")
     assert not (root / "bench/results/nvidia-h200").exists()
 

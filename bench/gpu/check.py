@@ -1,36 +1,41 @@
-"""Everything that a GPU can show, in stages, in less than nine minutes: ``make gpu-check``.
+"""What a GPU can show, in stages, in less than nine minutes: ``make gpu-check``.
 
-    python -m bench.gpu.check                  # all stages
-    python -m bench.gpu.check --only layout    # one of them (repeatable)
-    python -m bench.gpu.check --rehearse       # on a CPU, at tiny settings: no figures
+    python -m bench.gpu.check                      # all stages but those marked *
+    python -m bench.gpu.check --group correctness  # all tests, memcheck, jitter
+    python -m bench.gpu.check --group decode       # decode, prefill
+    python -m bench.gpu.check --group serving      # layout, workload, mapping, vmm
+    python -m bench.gpu.check --only compile       # one stage (repeatable)
+    python -m bench.gpu.check --rehearse           # on a CPU, at tiny settings: no figures
+
+One run has no time for everything: in the three groups, nine minutes each, a stage shares the time
+with few others, and with "--only build --only compile" they leave nothing out.
 
 Each stage has a time limit and writes ``DIR/<stage>.json`` as soon as it ends, so a run that is cut
 short, by a signal too, leaves what it finished. Without a GPU every stage is listed as skipped, and
 that is no error. It needs no network. ``python -m bench.report --collect DIR`` takes results over.
 
-build      pip install -e . if the native module is missing or older than its sources
+build      pip install -e . if the native module is missing or of other sources
 contract   the driver contract on the real driver, and cuda-python's opinion of the same addresses
 cache      the tests of KVCache and its pool on the real driver
 attention  every installed attention backend against a float32 reference
-engine     vattn.LLM against generate, float32 exact and bf16 close
+engine     vattn.LLM against generate, float32 exact and bf16 close; memcheck's run by itself
 graphs     captured CUDA graphs replayed while pages change beneath them
 decode     bench.decode: a decode step against what reading weights and K/V takes
 layout     bench.layout: attention on virtual slots for every layout and page size
 workload   bench.workload: tokens per second, TTFT, TPOT, and transformers' generate_batch
-mapping    bench.mapping: what mapping adds to the steps of a conversation trace
-prefill    bench.prefill: against the measured bf16 matrix rate
-memcheck   bench.gpu.memcheck: a short engine run under compute-sanitizer
-vmm        bench.vmm: every driver operation, batched and one by one, beside a running kernel
-compile    bench.compile: torch.compile around the attention call, on and off
-jitter     bench.jitter: what mapping beside a decode step does to its length
+mapping  * bench.mapping: what mapping adds to the steps of a conversation trace
+prefill  * bench.prefill: against the measured bf16 matrix rate
+memcheck * bench.gpu.memcheck: a short engine run under compute-sanitizer
+vmm      * bench.vmm: every driver operation, batched and one by one, beside a running kernel
+compile  * bench.compile: torch.compile around the attention call, on and off
+jitter   * bench.jitter: what mapping beside a decode step does to its length
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import re
+import os
 import sys
 import tempfile
 import time
@@ -41,18 +46,30 @@ from typing import Any
 
 # The native module may not exist before the stage "build": nothing of vattn or of what imports it
 # can be imported here.
-from bench.gpu.child import Cut, run
-from bench.gpu.stages import REHEARSAL_S, STAGES, TOTAL_S, Stage, limit_of
+from bench.gpu.child import LEAST_S, Cut, run, run_tests
+from bench.gpu.native import native_module_problem
+from bench.gpu.stages import GROUPS, REHEARSAL_S, STAGES, TOTAL_S, Stage, asked_for, limit_of
+from bench.gpu.written import judge, read_results, targets_of
 from bench.provenance import ROOT, device_slug, git_commit, gpu_missing, machine, versions
 
-_LEAST_S = 12.0  # a stage with less is not begun
 _LOG_CHARS = 20_000  # kept of a stage's output
-_SHOWN_CHARS = {"passed": 1500, "failed": 3000, "timeout": 3000, "cut": 1000, "skipped": 500}
+_SHOWN_CHARS = {
+    "passed": 1500,
+    "partial": 3000,
+    "failed": 3000,
+    "timeout": 3000,
+    "cut": 1000,
+    "skipped": 500,
+}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a stage: "passed", "failed", "timeout", "cut" by a signal, or "skipped"."""
+    """What became of a stage.
+
+    "passed", "partial" (a part of a benchmark failed, others were measured), "failed", "timeout",
+    "cut" by a signal, or "skipped".
+    """
 
     stage: str
     status: str
@@ -99,7 +116,7 @@ class Run:
             return Outcome(stage.name, "skipped", f"the run was ended by signal {cut.signal}")
         if built is not None and built.status != "passed":
             return Outcome(stage.name, "skipped", "there is no native module: see the stage build")
-        if limit_s < _LEAST_S:
+        if limit_s < LEAST_S:
             return Outcome(stage.name, "skipped", f"no time left of {self.total_s:.0f} s")
         print(f"== {stage.name}: up to {limit_s:.0f} s", flush=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -146,23 +163,16 @@ def run_stage(stage: Stage, limit_s: float, results: Path, rehearse: bool, cut: 
         words = stage.words(str(results), limit_s, rehearse=rehearse)
     except FileNotFoundError as error:
         return Outcome(stage.name, "failed", str(error), limit_s=limit_s)
-    ended = run([sys.executable, *words], limit_s, environment(stage, rehearse), cut)
-    status = "passed" if ended.code == 0 else "failed"
-    status = "cut" if ended.cut else "timeout" if ended.at_limit else status
+    command, told = [sys.executable, *words], environment(stage, rehearse)
+    if stage.tests:
+        ended = run_tests(command, limit_s, told, results.with_name("begun"), cut)
+    else:
+        ended = run(command, limit_s, told, cut)
+    if stage.name == "build" and ended.code == 0:
+        # In a process of its own: this one may not find what was installed after it began.
+        run([sys.executable, "-m", "bench.gpu.native"], 30, {}, cut)
     found = read_results(results)
-    notes = [f"exit code {ended.code}"] if status == "failed" else []
-    counted = count_tests(ended.log)
-    if stage.tests and status == "passed" and " passed" not in counted and not rehearse:
-        status = "failed"  # each one was skipped, and so nothing was shown
-        notes = ["no test passed"]
-    notes += [counted] if stage.tests else []
-    notes += describe_targets(found)
-    if "{json}" in stage.command and status == "passed" and found is None and not rehearse:
-        # It says why it measured nothing, or it is wrong.
-        last = (ended.log.strip().splitlines() or [""])[-1]
-        skipped = last.startswith("skipped: ")
-        status = "skipped" if skipped else "failed"
-        notes = [last.removeprefix("skipped: ") if skipped else "it wrote no result"]
+    status, notes = judge(stage, ended, found, rehearse)
     return Outcome(
         stage.name,
         status,
@@ -177,32 +187,16 @@ def run_stage(stage: Stage, limit_s: float, results: Path, rehearse: bool, cut: 
 
 def environment(stage: Stage, rehearse: bool) -> Mapping[str, str]:
     found = {"HF_HUB_OFFLINE": "1"}  # asking for a network that is not there takes its time
+    if stage.tests:
+        # For the plugin, wherever the tests are.
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        found["PYTHONPATH"] = os.pathsep.join(paths)
     if stage.tests and rehearse:
         found["VATTN_GPU_TESTS_DEVICE"] = "cpu"
     if stage.name == "build":
         # --no-deps changes nothing but vattn itself, also in an interpreter of the distribution.
         found |= {"PIP_BREAK_SYSTEM_PACKAGES": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     return found
-
-
-def native_module_problem() -> str | None:
-    """Why the native module has to be built; None if it is there and newer than its sources."""
-    try:
-        spec = importlib.util.find_spec("vattn._core")
-    except ImportError as error:
-        return f"vattn cannot be imported: {error}"
-    if spec is None or spec.origin is None:
-        return "vattn._core is not built"
-    built = Path(spec.origin).stat().st_mtime
-    sources = [
-        ROOT / "CMakeLists.txt",
-        *(ROOT / "csrc").glob("*.cpp"),
-        *(ROOT / "csrc").glob("*.h"),
-    ]
-    newest = max(sources, key=lambda path: path.stat().st_mtime)
-    if newest.stat().st_mtime > built:
-        return f"{newest.relative_to(ROOT)} is newer than vattn._core"
-    return None
 
 
 def find_backends(cut: Cut) -> dict[str, str | None] | None:
@@ -215,41 +209,13 @@ def find_backends(cut: Cut) -> dict[str, str | None] | None:
     return found
 
 
-def read_results(path: Path) -> Any:
-    """What a benchmark wrote, also one that was ended before it was done; None for nothing."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-
-
-def count_tests(log: str) -> str:
-    """Of ``pytest -v``, also of a run that was cut short."""
-    words = re.findall(r"^\S+::.* (PASSED|FAILED|SKIPPED|ERROR)", log, re.MULTILINE)
-    counted = {word: words.count(word) for word in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
-    return ", ".join(f"{n} {word.lower()}" for word, n in counted.items() if n) or "no test ran"
-
-
-def targets_of(results: Any) -> list[Mapping[str, Any]]:
-    return list(results.get("targets") or ()) if isinstance(results, Mapping) else []
-
-
-def describe_targets(results: Any) -> list[str]:
-    """How many were met, of those that were measured."""
-    measured = [target for target in targets_of(results) if target["met"] is not None]
-    if not measured:
-        return []
-    met = sum(target["met"] for target in measured)
-    return [f"{met} of {len(measured)} targets met"]
-
-
 def print_outcomes(outcomes: Sequence[Outcome]) -> None:
     """The figures that have a target, then one line per stage."""
     print()
     for outcome in outcomes:
         for target in targets_of(outcome.results):
-            measured = target["measured"]
-            value = "-" if measured is None else f"{measured:.4g}"
+            figure = target["measured"]
+            value = "-" if figure is None else f"{figure:.4g}"
             sign = ">=" if target["at_least"] else "<="
             verdict = {True: "met", False: "MISSED", None: "not measured"}[target["met"]]
             limit = f"{sign} {target['limit']:g} {target['unit']}".rstrip()
@@ -268,7 +234,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = [stage.name for stage in STAGES]
-    cli.add_argument("--only", action="append", choices=names, metavar="STAGE", help="repeatable")
+    which = cli.add_mutually_exclusive_group()
+    which.add_argument("--only", action="append", choices=names, metavar="STAGE", help="repeatable")
+    which.add_argument("--group", choices=list(GROUPS), help="the stages of one of three runs")
     cli.add_argument("--out", type=Path, metavar="DIR", help="default: results/<gpu>")
     cli.add_argument("--total-s", type=float, default=TOTAL_S, help="time for all stages")
     cli.add_argument(
@@ -282,20 +250,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     git_commit()  # a VATTN_COMMIT that is wrong is refused before minutes of work, not after
-    stages = [stage for stage in STAGES if not args.only or stage.name in args.only]
+    names = args.only or GROUPS.get(args.group, ())
+    stages = asked_for(names)
+    if args.rehearse and not names:
+        stages = list(STAGES)  # does each of them start?
+    others = [] if names else [stage for stage in STAGES if stage not in stages]
+    not_asked = [Outcome(s.name, "skipped", f"not asked for: --only {s.name}") for s in others]
     reason = None if args.rehearse else gpu_missing()
     if reason is not None:
         outcomes = [Outcome(stage.name, "skipped", reason) for stage in stages]
         if args.out is not None:
             for outcome in outcomes:
                 Run(args.out).write(outcome)
-        print_outcomes(outcomes)
+        print_outcomes([*outcomes, *not_asked])
         return 0
     slug = "rehearsal" if args.rehearse else device_slug("cuda")
     out = args.out or ROOT / "results" / slug
     made = Run(out, args.rehearse, args.total_s)
     outcomes = made.all(stages)
-    print_outcomes(outcomes)
+    print_outcomes([*outcomes, *not_asked])
     print(f"results in {out}{': a rehearsal, no measurement' if args.rehearse else ''}")
     if made.ended_by is not None:
         return 128 + made.ended_by

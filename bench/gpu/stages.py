@@ -13,6 +13,8 @@ from bench.provenance import ROOT
 # All stages together; nine minutes are 540 s, and starting, asking for versions and writing files
 # takes some.
 TOTAL_S = 530.0
+# Between the end of what a stage runs by itself and its limit: imports, and being ended.
+_SPARE_S = 20.0
 # Of a rehearsed stage, on machines that do other things beside it; benchmarks measure for 20 s.
 REHEARSAL_S = 300.0
 _REHEARSED_S = 20.0
@@ -30,6 +32,8 @@ class Stage:
         command: of a stage without tests, for the interpreter; see :meth:`words`.
         gpu: added to ``command`` on a GPU.
         rehearsal: added to ``command`` in a rehearsal, or to pytest's arguments.
+        rows: what of a benchmark's results holds measurements; if all are empty, it has none.
+        alone: not in a run of all stages, which has no time for it; only when asked for.
     """
 
     name: str
@@ -39,13 +43,16 @@ class Stage:
     command: tuple[str, ...] = ()
     gpu: tuple[str, ...] = ()
     rehearsal: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    alone: bool = False
 
     def words(self, json: str, limit_s: float, *, rehearse: bool = False) -> list[str]:
         """What follows the interpreter's name.
 
         Args:
             json: where it writes results, for ``{json}``.
-            limit_s: seconds it has; ``{budget}`` is what is left of them for measuring.
+            limit_s: seconds it has; ``{budget}`` is what is left of them for measuring, and
+                ``{limit}`` for a command that it runs and has to end.
             rehearse: on a CPU, at a tiny setting.
 
         Raises:
@@ -54,8 +61,10 @@ class Stage:
         if self.tests:
             return [*PYTEST, *(self.rehearsal if rehearse else ("-m", "gpu")), *self._files()]
         # Imports come before what a benchmark counts as its budget, what it has begun after it.
-        budget_s = _REHEARSED_S if rehearse else max(5.0, limit_s - max(20.0, 0.3 * limit_s))
-        replace = {"{json}": json, "{budget}": f"{budget_s:.0f}"}
+        budget_s = max(5.0, limit_s - max(_SPARE_S, 0.3 * limit_s))
+        budget_s = _REHEARSED_S if rehearse else budget_s
+        ends_s = max(5.0, limit_s - _SPARE_S)
+        replace = {"{json}": json, "{budget}": f"{budget_s:.0f}", "{limit}": f"{ends_s:.0f}"}
         words = (*self.command, *(self.rehearsal if rehearse else self.gpu))
         return [replace.get(word, word) for word in words]
 
@@ -71,7 +80,7 @@ class Stage:
 
 PYTEST = (
     *("-m", "pytest", "-v", "-W", "default", "--durations=5"),
-    *("-p", "no:cacheprovider", "-o", "faulthandler_timeout=60"),
+    *("-p", "no:cacheprovider", "-p", "bench.gpu.rest", "-o", "faulthandler_timeout=60"),
 )
 PIP = ("-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps", "-e", ".")
 
@@ -87,7 +96,8 @@ def _timed(module: str) -> tuple[str, ...]:
 # Seconds to build a model and run it a little, on a CPU.
 _TINY = ("--device", "cpu", "--shape", "tiny-llama")
 
-# Correctness first, then what decides most. A stage may use what earlier ones left over.
+# Correctness first, then what decides most. A stage may use what earlier ones left over. The least
+# times of those that are not "alone" leave over a minute of TOTAL_S for what takes longer.
 STAGES = (
     Stage("build", 45, 180, command=PIP),
     Stage(
@@ -108,64 +118,107 @@ STAGES = (
             *("tests/test_kv_pool.py", "tests/test_kept_*.py", "tests/test_swap_copy.py"),
         ),
     ),
-    Stage("attention", 25, 60, tests=("tests/gpu/test_attention*.py",)),
-    Stage("engine", 35, 90, tests=("tests/gpu/test_engine*.py",)),
-    Stage("graphs", 20, 60, tests=("tests/gpu/test_graphs*.py",)),
+    Stage("attention", 45, 90, tests=("tests/gpu/test_attention*.py",)),
+    Stage(
+        "engine",
+        *(35, 120),
+        tests=("tests/gpu/test_engine*.py", "tests/gpu/test_memcheck*.py"),
+    ),
+    Stage("graphs", 45, 120, tests=("tests/gpu/test_graphs*.py",)),
     Stage(
         "decode",
-        *(75, 150),
+        *(120, 240),
         command=_timed("bench.decode"),
         rehearsal=(*_TINY, "--points", "2x64", "--rounds", "2", "--engine-steps", "3"),
+        rows=("steps", "engine", "append"),
     ),
-    Stage("layout", 70, 150, command=_timed("bench.layout"), rehearsal=("--small",)),
+    Stage(
+        "layout",
+        *(70, 150),
+        command=_timed("bench.layout"),
+        rehearsal=("--small",),
+        rows=("cells",),
+    ),
     Stage(
         "workload",
-        *(55, 110),
+        *(55, 150),
         command=_timed("bench.workload"),
         rehearsal=(
             *(*_TINY, "--nano-shape", "tiny-qwen3", "--requests", "4", "--lengths", "4,8"),
             *("--concurrency", "1,2", "--sequences", "4", "--versus-s", "5"),
         ),
+        rows=("nano", "served", "versus"),
     ),
     Stage(
         "mapping",
-        *(25, 50),
+        *(50, 90),
         command=_timed("bench.mapping"),
         rehearsal=(
             *(*_TINY, "--running", "4", "--queued", "2", "--step-tokens", "64"),
             *("--kv-budget", "4MiB", "--steps", "20", "--divisor", "16"),
         ),
+        rows=("ways",),
+        alone=True,
     ),
+    # Its compiled mode is begun only with a minute left for the compiler.
     Stage(
         "prefill",
-        *(25, 45),
+        *(120, 120),
         command=_timed("bench.prefill"),
         rehearsal=(*_TINY, "--tokens", "64", "--matrices", "64", "--rounds", "2"),
+        rows=("prefill",),
+        alone=True,
     ),
     Stage(
         "memcheck",
-        *(45, 90),
-        command=_bench("bench.gpu.memcheck", "--limit-s", "{budget}"),
+        *(90, 180),
+        command=_bench("bench.gpu.memcheck", "--limit-s", "{limit}"),
         rehearsal=("--run", "--device", "cpu"),
+        alone=True,
     ),
     Stage(
         "vmm",
-        *(20, 60),
+        *(30, 60),
         command=_timed("bench.vmm"),
         gpu=("--driver", "cuda"),
         rehearsal=(
             *("--driver", "host", "--pages", "16KiB", "--runs", "1,4", "--rounds", "2"),
             *("--pairs", "3", "--sequences", "8", "--touch-mib", "2"),
         ),
+        rows=("operations", "beside_a_kernel"),
+        alone=True,
     ),
     Stage(
         "compile",
-        *(20, 70),
+        *(100, 180),
         command=_timed("bench.compile"),
         rehearsal=(*_TINY, "--points", "2x64", "--pairs", "2"),
+        rows=("steps",),
+        alone=True,
     ),
-    Stage("jitter", 12, 40, command=_timed("bench.jitter"), rehearsal=("--small",)),
+    Stage(
+        "jitter",
+        *(30, 60),
+        command=_timed("bench.jitter"),
+        rehearsal=("--small",),
+        rows=("ways",),
+        alone=True,
+    ),
 )
+
+# What one run has time for, with more than the least time for each stage.
+GROUPS = {
+    "correctness": (
+        *("build", "contract", "cache", "attention", "engine", "graphs", "memcheck", "jitter"),
+    ),
+    "decode": ("build", "decode", "prefill"),
+    "serving": ("build", "layout", "workload", "mapping", "vmm"),
+}
+
+
+def asked_for(names: Sequence[str]) -> list[Stage]:
+    """Those that are named, in their order; without names, all that are not ``alone``."""
+    return [stage for stage in STAGES if (stage.name in names if names else not stage.alone)]
 
 
 def limit_of(stage: Stage, later: Sequence[Stage], left_s: float) -> float:
