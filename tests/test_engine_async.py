@@ -259,7 +259,8 @@ def test_the_slot_of_padding_rows_survives_an_interruption() -> None:
     other = vattn.KVCache(
         2, 2, 8, torch.float32, max_seqs=1, max_tokens=40_000, pool=memory.cache.pool
     )
-    release = engine.cache.trim
+    cache: Any = engine.cache
+    release = cache.trim
 
     def trim_and_take() -> None:
         release()
@@ -268,13 +269,13 @@ def test_the_slot_of_padding_rows_survives_an_interruption() -> None:
                 other.ensure(thief, tokens)
 
     thief = other.open()
-    engine.cache.trim = trim_and_take  # type: ignore[method-assign]
+    cache.trim = trim_and_take
     with pytest.raises(KeyboardInterrupt):
         drive(engine)
     memory.check()
     assert engine.cache.tokens(memory.scratch_slot) == 1
     assert engine.cache.view(memory.scratch_slot, 0)[0].data_ptr() == address
-    engine.cache.trim = release  # type: ignore[method-assign]
+    cache.trim = release
     other.close()
     again = start(engine, prompt(20), 12, "again")
     drive(engine)
