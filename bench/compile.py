@@ -8,10 +8,12 @@ A point is a number of sequences and the context of each. The model, the slots a
 the same for both; above 1, the compiled model is faster. On a GPU a step is timed on the device, by
 events around it, once launched kernel by kernel and once as a CUDA graph.
 
-compile   seconds to make both graphs of a model, for one token and for any number of them; kernels
-          that an earlier run left in the cache of inductor are not compiled again, so it is told
-          how many were found there
+compile   seconds to make both graphs of a model, for one token and for any number of them; every
+          process makes them anew, see vattn.hf.compiled
 difference   of the logits, as a share of their spread
+
+Each result is written as soon as it is there. --budget-s counts compiling too; the first point is
+measured in any case. The exit code is 1 if something failed or nothing was measured.
 """
 
 from __future__ import annotations
@@ -21,21 +23,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from torch._dynamo.utils import counters
-
-from bench.common import (
-    Budget,
-    Json,
-    Target,
-    measure_pairs,
-    print_table,
-    print_targets,
-    report,
-    wall_clock,
-    write_json,
-)
+from bench.common import Budget, Json, Target, measure_pairs, print_table, wall_clock
 from bench.device import device_clock
 from bench.model_args import (
+    has_time,
     load_shape,
     model_parser,
     parse,
@@ -43,6 +34,7 @@ from bench.model_args import (
     release,
     settings_of,
 )
+from bench.partial import Partial
 from bench.steps import Slots
 from vattn.engine.runner import ModelRunner
 from vattn.hf.compiled import CompiledModel, compile_model
@@ -68,16 +60,14 @@ def compile_timed(loaded: LoadedModel, tune: bool) -> tuple[CompiledModel, Json]
     """The compiled model, and what it took.
 
     Raises:
-        SystemExit: it does not compile, so there is nothing to measure.
+        RuntimeError: it does not compile, so there is nothing to measure.
     """
-    counters.clear()
     start = time.perf_counter()
     compiled = compile_model(loaded, tune=tune)
     seconds = time.perf_counter() - start
     if compiled.refusal is not None:
-        raise SystemExit(f"error: the model does not compile: {compiled.refusal}")
-    cached = counters["inductor"]["fxgraph_cache_hit"]
-    return compiled, {"seconds": seconds, "graphs": 2, "graphs_from_cache": int(cached)}
+        raise RuntimeError(f"the model does not compile: {compiled.refusal}")
+    return compiled, {"seconds": seconds, "graphs": 2}
 
 
 def make_runner(slots: Slots, compiled: CompiledModel | None, graphs: bool) -> ModelRunner:
@@ -98,7 +88,11 @@ def make_runner(slots: Slots, compiled: CompiledModel | None, graphs: bool) -> M
 
 
 def compare(slots: Slots, compiled: CompiledModel, graphs: bool, pairs: int) -> Json:
-    """One point, one way of launching: the steps of both, and how far their logits are apart."""
+    """One point, one way of launching: the steps of both, and how far their logits are apart.
+
+    Raises:
+        RuntimeError: a step was not captured, or one was not run compiled.
+    """
     batch = slots.decode()
     plain, other = (make_runner(slots, forward, graphs) for forward in (None, compiled))
     wanted, got = plain.run(batch).clone(), other.run(batch).clone()
@@ -110,7 +104,9 @@ def compare(slots: Slots, compiled: CompiledModel, graphs: bool, pairs: int) -> 
         clock=wall_clock if slots.loaded.device.type == "cpu" else device_clock,
     )
     if graphs and not (plain.graph_stats.replayed and other.graph_stats.replayed):
-        raise SystemExit("error: the decode step was not captured; see the log above")
+        raise RuntimeError("the decode step was not captured; see the log above")
+    if compiled.refusal is not None:
+        raise RuntimeError(f"the model was compiled again too often: {compiled.refusal}")
     difference = float((got - wanted).norm() / wanted.norm())
     return {
         "sequences": len(slots.slots),
@@ -121,30 +117,26 @@ def compare(slots: Slots, compiled: CompiledModel, graphs: bool, pairs: int) -> 
     }
 
 
-def run(args: argparse.Namespace) -> Json:
+def run(args: argparse.Namespace, out: Partial, budget: Budget) -> None:
+    """Compiles and measures; what comes of it goes to ``out`` as it comes."""
     loaded = load_shape(args, max(context for _, context in args.points) + 1)
     compiled, took = compile_timed(loaded, args.tune)
-    budget = Budget(args.budget_s)
-    found = []
+    out.set(compile=took)
     for sequences, context in args.points:
-        if not budget.allows(f"{sequences}x{context}"):
+        name = f"{sequences}x{context}"
+        # One at least: compiling is what takes the time, and alone it says nothing.
+        if "steps" in out.results and not has_time(budget, name):
             continue
-        with Slots(loaded, sequences, context, args.backend) as slots:
+        with out.part(name), Slots(loaded, sequences, context, args.backend) as slots:
             captured = args.device == "cuda" and slots.backend.graphs
-            ways = [False, True] if captured else [False]
-            found += [compare(slots, compiled, graphs, args.pairs) for graphs in ways]
+            for graphs in [False, True] if captured else [False]:
+                out.append("steps", compare(slots, compiled, graphs, args.pairs))
         release(args.device)
-    if compiled.refusal is not None:
-        raise SystemExit(f"error: the model was compiled again too often: {compiled.refusal}")
-    return {"compile": took, "steps": found, "cut": budget.cut}
 
 
 def print_results(found: Json) -> None:
-    took = found["compile"]
-    print(
-        f"\ncompiled in {took['seconds']:.1f} s, {took['graphs_from_cache']} of "
-        f"{took['graphs']} graphs from the cache"
-    )
+    if "compile" in found:
+        print(f"\ncompiled in {found['compile']['seconds']:.1f} s")
     rows = [
         [
             f"{step['sequences']}x{step['context']}",
@@ -155,18 +147,18 @@ def print_results(found: Json) -> None:
             f"{step['ratio_low']:.2f}-{step['ratio_high']:.2f}",
             step["difference"],
         ]
-        for step in found["steps"]
+        for step in found.get("steps", ())
     ]
     header = ["point", "launch", "plain us", "compiled us", "compiled is x", "quartiles"]
     print_table("decode steps", [*header, "difference"], rows)
-    if found["cut"]:
-        print(f"no time for {', '.join(found['cut'])}")
+    if found["cut_for_time"]:
+        print(f"no time for {', '.join(found['cut_for_time'])}")
 
 
 def make_targets(found: Json) -> list[Target]:
     """What makes it the default: it is faster at each point, as the engine would launch it."""
     best: dict[str, Json] = {}
-    for step in found["steps"]:
+    for step in found.get("steps", ()):
         best[f"{step['sequences']}x{step['context']}"] = step  # graphs come last
     return [
         Target(f"compiled over plain, {point}", step["ratio"], 1.0, "x", at_least=True)
@@ -182,13 +174,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(cli, argv, DEFAULTS)
     if args.tune and args.device != "cuda":
         cli.error("--tune: there is nothing to tune on a CPU")
-    found = run(args)
-    print_results(found)
-    targets = make_targets(found)
-    print_targets(targets)
-    if args.json:
-        write_json(args.json, report("compile", settings_of(args), found, targets))
-    return 0
+    budget = Budget(args.budget_s)
+    out = Partial(args.json, "compile", settings_of(args), make_targets)
+    with out.part("compile"):
+        run(args, out, budget)
+    out.set(cut_for_time=budget.cut, seconds=budget.spent_s)
+    print_results(out.results)
+    return out.end(rows=("steps",))
 
 
 if __name__ == "__main__":

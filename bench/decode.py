@@ -8,14 +8,15 @@ weights but the embedding table and the K and V of every sequence, at the bandwi
 run copies memory; a ratio is step / floor, 1 is the best there can be.
 
 steps     the model alone: slots are filled by hand, and one step is launched after the other.
-          Beside it the time on the device alone, when every launch is there before it is needed:
-          what a flow takes beyond that is the host's. "difference": of the logits to those of the
-          first mode, as a share of their spread
+          Beside it, for graphs, the time on the device alone, when the launch is there before it
+          is needed: what a flow takes beyond that is the host's. "difference": of the logits to
+          those of the first mode, as a share of their spread
 engine    whole steps of an engine in its steady state, all sequences decoding: scheduling, memory,
           model, sampling, output; from one return of step() to the next
 append    the ways to write the new K and V that the attention backend can be asked for
 
 Each result is written as soon as it is there, and what there is no time for (--budget-s) is listed.
+The exit code is 1 if something failed or nothing was measured.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class Decode:
         with Slots(self.loaded, batch, context, self.args.backend) as slots:
             step = slots.decode()
             runner = slots.runner(mode, self.forwards.of(mode))
-            times = time_steps(lambda: runner.run(step), self.args.device, self.args.rounds)
+            times = self._times(mode, runner, step)
             row = {
                 "mode": mode.name,
                 "backend": slots.backend.name,
@@ -151,9 +152,10 @@ class Decode:
 
     def _step_of(self, mode: Mode, point: Point) -> float | None:
         """Microseconds on the device of the model's step, if it was measured."""
+        key = "flow_us" if self.args.device == "cpu" else "device_us"
         for row in self.out.results.get("steps", ()):
             if (row["mode"], row["batch"], row["context"]) == (mode.name, *point):
-                return float(row["device_us"] or row["flow_us"])
+                return None if row[key] is None else float(row[key])
         return None
 
     def appends(self, mode: Mode, point: Point) -> None:
@@ -169,7 +171,11 @@ class Decode:
         with Slots(self.loaded, *point, backend) as slots:
             step = slots.decode()
             runner = slots.runner(mode, self.forwards.of(mode))
-            return time_steps(lambda: runner.run(step), self.args.device, self.args.rounds)
+            return self._times(mode, runner, step)
+
+    def _times(self, mode: Mode, runner: ModelRunner, step: StepBatch) -> StepTimes:
+        device, rounds = self.args.device, self.args.rounds
+        return time_steps(lambda: runner.run(step), device, rounds, graphs=mode.graphs)
 
     def all(self) -> None:
         """Everything there is time for, what matters most first."""
@@ -279,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     loaded = load_shape(args, longest(longest_context, args.engine_steps))
     Decode(args, loaded, out, budget).all()
     print_results(out.results)
-    return out.end()
+    return out.end(rows=("steps", "engine", "append"))
 
 
 if __name__ == "__main__":

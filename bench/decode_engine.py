@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 
 from bench.common import Json, quartiles
+from bench.model_args import quantiles
 from bench.steps import Mode
 from vattn.engine import engine as engine_module
 from vattn.engine.config import EngineConfig
@@ -90,7 +91,7 @@ def engine_steps(
         "step_us": step_us,
         "step_low_us": low,
         "step_high_us": high,
-        "p99_us": float(np.percentile(times, 99)),
+        "p99_us": quantiles(times)["p99"],
         "tokens_per_s": batch / step_us * 1e6,
         "context_mean": before + steps / 2,
         "steps": steps,

@@ -25,7 +25,8 @@ def capture(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
     torch.cuda.synchronize()
     graph, stream = cuda.CUDAGraph(), cuda.Stream()
     with cuda.stream(stream):  # not `with cuda.graph(...)`: that collects garbage each time
-        graph.capture_begin()
+        # The mapper's thread may call the driver meanwhile, which is no part of this capture.
+        graph.capture_begin(capture_error_mode="thread_local")
         try:
             for call in calls:
                 call()

@@ -5,8 +5,9 @@
 
 An engine with random weights and a queue that never ends: who is done is replaced by a request of
 the trace. It is warm when every sequence was replaced once and the KV cache has used its budget up,
-so that a new page is one that a finished request gives up. From then on each step's time, from one
-return of step() to the next, and of it:
+so that a new page is one that a finished request gives up. If that takes longer than --warm-up-s,
+or than half of --budget-s, the figures are of no steady state, and the target counts as not
+measured. From then on each step's time, from one return of step() to the next, and of it:
 
 waiting   in the calls that the scheduler makes for pages: KVCache.ensure_many for those that run,
           admission for those that come
@@ -53,7 +54,7 @@ DEFAULTS: dict[str, Json] = {
         "running": 128,
         "queued": 32,
         "step_tokens": 4096,
-        "kv_budget": 48 << 30,
+        "kv_budget": 24 << 30,
         "steps": 1500,
         "divisor": 1,
     },
@@ -157,10 +158,10 @@ class Server:
 
 
 def measure(server: Server, args: argparse.Namespace, budget: Budget, out: Partial) -> None:
-    """All ways in turns, after half of the time at most for getting warm."""
+    """All ways in turns, after half of the time or --warm-up-s at most for getting warm."""
     left_s = math.inf if budget.seconds is None else budget.seconds - budget.spent_s
-    steady = server.warm_up(args.running, left_s / 2)
-    out.set(steady=steady, budget_used=server.full, warm_up_s=budget.spent_s)
+    steady = server.warm_up(args.running, min(args.warm_up_s, left_s / 2))
+    out.set(steady=steady, budget_used=server.full, replaced=server.ended, warm_up_s=budget.spent_s)
     found = {way: Steps() for way in args.ways}
     length = min(args.turn, args.steps)
     turns = -(-args.steps // length)
@@ -199,13 +200,22 @@ def print_results(results: Json) -> None:
         rows,
     )
     if not results.get("steady", True):
-        print(f"not steady yet: {results['budget_used']:.0%} of the KV cache's budget is used")
+        print(not_steady(results))
     if results["cut_for_time"]:
         print(f"no time for: {', '.join(results['cut_for_time'])}")
 
 
+def not_steady(results: Json) -> str:
+    """Why the results say nothing about the steady state."""
+    return (
+        f"not in the steady state after warming up: {results['replaced']} requests ended, "
+        f"{results['budget_used']:.0%} of the KV cache's budget used; give more time or a smaller "
+        "--kv-budget"
+    )
+
+
 def make_targets(args: argparse.Namespace, results: Json) -> list[Target]:
-    """Of the engine's way on a GPU."""
+    """Of the engine's way on a GPU; not measured if the steady state was not reached."""
     if (args.shape, args.device) != ("llama3-8b", "cuda"):
         return []
     ways: Json = results.get("ways", {})
@@ -213,7 +223,7 @@ def make_targets(args: argparse.Namespace, results: Json) -> list[Target]:
     share = None if ahead is None else ahead["waiting_share"]
     notes = [f"{way} {r['waiting_share']:.2%}" for way, r in ways.items() if way != "ahead"]
     if not results.get("steady", True):
-        notes.append(f"not steady: {results['budget_used']:.0%} of the KV cache's budget used")
+        share, notes = None, [not_steady(results)]
     name = "waiting for pages, share of the steps' time"
     return [Target(name, share, 0.01, "", at_least=False, note=", ".join(notes))]
 
@@ -227,6 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_argument("--step-tokens", type=int, help="max_num_batched_tokens")
     cli.add_argument("--kv-budget", type=parse_bytes, help="of the KV cache")
     cli.add_argument("--steps", type=int, help="timed, of each way")
+    cli.add_argument("--warm-up-s", type=float, default=120.0, help="for warming up, at most")
     cli.add_argument("--turn", type=int, default=50, help="steps of a way in a turn")
     cli.add_argument("--divisor", type=int, help="of the trace's lengths")
     cli.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the model")
@@ -246,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         server.engine.close()
     out.set(cut_for_time=budget.cut, seconds=budget.spent_s)
     print_results(out.results)
-    return out.end()
+    return out.end(rows=("ways",))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from bench.shapes import DTYPES, SHAPES, Shape, build_model
 from vattn.attention.select import BACKENDS
 from vattn.hf.model import LoadedModel, load_model
 
+LEAST_FOR_P99 = 20
 COMPILE_HELP = "seconds that compiling may take; with less left of --budget-s it is not begun"
 
 
@@ -105,9 +106,13 @@ def release(device: str) -> None:
 
 
 def quantiles(values: Any, unit: float = 1.0) -> Json:
-    """Median, p99 and mean of some numbers in a unit; None without any."""
+    """Median, p99 and mean of some numbers in a unit; None without any.
+
+    p99 is None below 20 numbers, of which it would be little but the largest.
+    """
     tensor = torch.as_tensor(list(values), dtype=torch.float64) / unit
     if not len(tensor):
         return {"p50": None, "p99": None, "mean": None}
     p50, p99 = torch.quantile(tensor, torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
-    return {"p50": p50, "p99": p99, "mean": float(tensor.mean())}
+    enough = len(tensor) >= LEAST_FOR_P99
+    return {"p50": p50, "p99": p99 if enough else None, "mean": float(tensor.mean())}

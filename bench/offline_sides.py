@@ -19,6 +19,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from bench.batching_config import batching_config
 from bench.common import Json
 
 PAD = 0  # a token that no prompt has
@@ -176,21 +177,13 @@ class Padded:
 class Settings(Protocol):
     """Of transformers' continuous batching."""
 
+    def prepare(self, model: Any) -> None:
+        """Changes of the model what is said there and not in the configuration."""
+        ...
+
     def config(self, work: Work) -> ContinuousBatchingConfig:
         """For this work."""
         ...
-
-
-@dataclass(frozen=True)
-class DeviceSettings:
-    """What transformers finds out for itself on a GPU; ``flash``: it may take FlashAttention."""
-
-    flash: bool
-
-    def config(self, work: Work) -> ContinuousBatchingConfig:
-        """See :class:`Settings`."""
-        del work
-        return ContinuousBatchingConfig(auto_switch_to_flash=self.flash)
 
 
 @dataclass(frozen=True)
@@ -201,11 +194,14 @@ class BatchSettings:
     step_tokens: int
     sequences: int
 
+    def prepare(self, model: Any) -> None:
+        """Nothing: see :class:`Settings`."""
+
     def config(self, work: Work) -> ContinuousBatchingConfig:
         """With room for the longest requests that run at once, so that nothing is evicted."""
         longest = sorted(work.totals)[-self.sequences :]
-        return ContinuousBatchingConfig(
-            page_size=self.page_tokens,
+        return batching_config(
+            page_tokens=self.page_tokens,
             num_blocks=sum(-(-n // self.page_tokens) + 1 for n in longest),
             max_batch_tokens=self.step_tokens,
             max_requests_per_batch=self.sequences,
@@ -238,6 +234,8 @@ class GenerateBatch:
         # It says on a CPU that psutil is missing; nothing here depends on it.
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
         self.model = copy.deepcopy(model)
+        if settings is not None:
+            settings.prepare(self.model)
         self.settings = settings
         self.name = name
         self._kept: Any = None

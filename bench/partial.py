@@ -11,9 +11,6 @@ from typing import Any
 
 from bench.common import Json, Target, print_targets, report
 
-# A wrong result, an error of the device, too little memory: the part is lost, the run goes on.
-FAILURES = (AssertionError, RuntimeError, ValueError, MemoryError)
-
 
 class Partial:
     """The JSON document of a benchmark, written anew whenever something is added.
@@ -55,10 +52,14 @@ class Partial:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """A part that may fail: the error is among the results, and the run goes on."""
+        """A part that may fail: the error is among the results, and the run goes on.
+
+        Whatever the error is: another version of a library raises what nobody expects, and the
+        other parts are not to be lost to it.
+        """
         try:
             yield
-        except FAILURES as error:
+        except Exception as error:
             traceback.print_exc()
             self.append("failed", {"part": name, "why": f"{type(error).__name__}: {error}"})
 
@@ -77,11 +78,30 @@ class Partial:
         beside.write_text(json.dumps(self._document, indent=1, default=str) + "\n")
         beside.replace(self._path)
 
-    def end(self) -> int:
-        """Prints the targets, what failed, and where the results are; 1 if something failed."""
+    def end(self, rows: Sequence[str] = ()) -> int:
+        """Prints the targets, what failed, and where the results are.
+
+        Args:
+            rows: names of results of which one at least has to be there; none: no such demand.
+
+        Returns:
+            The exit code: 1 if something failed, or nothing was measured.
+        """
         print_targets(self.targets)
         for failure in self.results.get("failed", ()):
             print(f"FAILED {failure['part']}: {failure['why']}")
+        empty = bool(rows) and not any(self.results.get(name) for name in rows)
+        if empty:
+            print(f"error: nothing was measured; {self._why_nothing()}")
         if self._path is not None:
             print(f"wrote {self._path}")
-        return int(self.failed)
+        return int(self.failed or empty)
+
+    def _why_nothing(self) -> str:
+        why = [
+            f"{name}: {reason}" for name, reason in self.results.get("refused_modes", {}).items()
+        ]
+        why += [f"{failure['part']} failed" for failure in self.results.get("failed", ())]
+        if cut := self.results.get("cut_for_time"):
+            why.append(f"cut: no time for {', '.join(cut)}; give a larger --budget-s")
+        return "; ".join(why) or "nothing was asked for"

@@ -6,7 +6,8 @@
 A prompt is one chunk: one step of the model, whose attention writes and reads a slot. Its
 operations are 2 x parameters of the layers x tokens, 2 x the head for the one token that gets
 logits, and those of causal attention, each pair of tokens counted once. The matrix rate is of a
-product of two square matrices of random numbers, the best size of a few.
+product of two square matrices of random numbers, the best size of a few. The exit code is 1 if
+something failed or --budget-s left no time for any prompt.
 """
 
 from __future__ import annotations
@@ -115,7 +116,9 @@ def measure(
         logits = runner.run(step)
         assert logits.shape == (1, loaded.vocab_size), logits.shape
         assert bool(logits.isfinite().all()), f"{mode.name}: logits are not finite"
-        times = time_steps(lambda: runner.run(step), args.device, args.rounds, warmup=2)
+        times = time_steps(
+            lambda: runner.run(step), args.device, args.rounds, graphs=False, warmup=2
+        )
         name = slots.backend.name
     done = work["flops"] / times.flow_us * 1e6
     return {
@@ -137,7 +140,7 @@ def print_results(results: Json) -> None:
     )
     rows = [
         [
-            *(r["mode"], r["tokens"], r["flow_us"] / 1e3, r["device_us"] and r["device_us"] / 1e3),
+            *(r["mode"], r["tokens"], r["flow_us"] / 1e3),
             *(r[key] / 1e12 for key in ("flops", "attention_flops", "flops_per_s")),
             f"{r['share']:.1%}",
         ]
@@ -146,7 +149,7 @@ def print_results(results: Json) -> None:
     print_table(
         "prefill",
         [
-            *("mode", "tokens", "flow ms", "device ms"),
+            *("mode", "tokens", "flow ms"),
             *("Tflop", "of it attention", "Tflop/s", "of the matrix rate"),
         ],
         rows,
@@ -154,7 +157,7 @@ def print_results(results: Json) -> None:
     for mode, reason in results["refused_modes"].items():
         print(f"no {mode}: {reason}")
     if results["cut_for_time"]:
-        print(f"no time for: {', '.join(results['cut_for_time'])}")
+        print(f"cut: no time for {', '.join(results['cut_for_time'])}")
 
 
 def make_targets(args: argparse.Namespace, results: Json) -> list[Target]:
@@ -193,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 release(args.device)
     out.set(compile_s=forwards.compile_s, cut_for_time=budget.cut, seconds=budget.spent_s)
     print_results(out.results)
-    return out.end()
+    return out.end(rows=("prefill",))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class Served:
     timings: list[tuple[Timings, int]] = field(default_factory=list)  # and new tokens
 
     def as_json(self) -> Json:
-        """Rates per second; times in ms."""
+        """Rates per second; times in ms; see :func:`bench.model_args.quantiles`."""
         ttft = [t.first_token_s - t.arrival_s for t, _ in self.timings]
         tpot = [(t.last_token_s - t.first_token_s) / (n - 1) for t, n in self.timings if n > 1]
         return {
@@ -138,6 +138,7 @@ def _abort(engine: Engine, requests: Sequence[Request]) -> None:
 def how_it_ran(engine: Engine) -> Json:
     """What an engine has decided for itself."""
     return {
+        "attention": engine.runner._backend.name,
         "graphs": asdict(engine.runner.graph_stats),
         "asynchronous": engine.is_async,
         "preemptions": engine.stats().num_preemptions,

@@ -13,28 +13,21 @@ import torch
 
 import bench.decode
 import bench.decode_append
-import bench.mapping
 import bench.prefill
 import bench.steps
-import bench.workload
 from bench.common import Budget, Target
 from bench.decode_append import append_ways, appending
 from bench.model_args import has_time, points, quantiles
-from bench.offline_sides import BatchSettings, Work
 from bench.partial import Partial
-from bench.served import serve_closed, uniform_work
 from bench.shapes import SHAPES, build_model, count_weights
 from bench.steps import MODES, Slots, choose_modes, time_steps
-from bench.transformers_side import open_transformers, settings_for
 from bench.waits import Watch
+from tests.bench_tiny import TINY, load
 from tests.models import one_thread
 from tests.recorded_graph import RecordedGraph, flash2
-from vattn import LLM
 from vattn.attention.append import index_put, writer
 from vattn.engine import graphs
 from vattn.hf.model import LoadedModel, load_model
-
-TINY = ["--device", "cpu", "--shape", "tiny-llama"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -46,16 +39,6 @@ def single() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def loaded() -> LoadedModel:
     return load_model(build_model(SHAPES["tiny-llama"], "cpu", torch.float32, 64))
-
-
-def load(path: Path, benchmark: str) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(path.read_text())
-    assert document["benchmark"] == benchmark
-    assert {"time", "versions", "commit", "machine", "command"} < set(document)
-    assert document["settings"]["model"]["layers"] == 2
-    assert "failed" not in document["results"]
-    results: dict[str, Any] = document["results"]
-    return results
 
 
 # Shapes -------------------------------------------------------------------------------------------
@@ -179,12 +162,22 @@ def test_a_flow_is_not_interrupted_and_a_head_start_is_given(
 ) -> None:
     cuda = FakeCuda()
     monkeypatch.setattr(bench.steps, "cuda", cuda)
-    times = time_steps(cuda.step, "cuda", rounds=6, warmup=1)
+    times = time_steps(cuda.step, "cuda", rounds=6, graphs=True, warmup=1)
     assert times.flow_us == 5000
     assert times.device_us == 2000
     flow = ["synchronize", "record", *["step", "record"] * 6, "synchronize"]
     assert cuda.log[1 : 1 + len(flow)] == flow
     assert cuda.log.count("sleep") == 3
+
+
+def test_more_launches_than_the_queue_holds_have_no_time_of_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = FakeCuda()
+    monkeypatch.setattr(bench.steps, "cuda", cuda)
+    times = time_steps(cuda.step, "cuda", rounds=6, graphs=False, warmup=1)
+    assert (times.flow_us, times.device_us) == (5000, None)
+    assert "sleep" not in cuda.log
 
 
 # Appending ----------------------------------------------------------------------------------------
@@ -232,9 +225,14 @@ def test_results_are_there_before_the_end(tmp_path: Path) -> None:
     assert first["targets"][0]["met"] is False
     with out.part("second"):
         raise RuntimeError("no memory")
+    with out.part("third"):
+        raise TypeError("no such argument in this version")
     out.append("rows", {"x": 2})
     last = json.loads(path.read_text())
-    assert last["results"]["failed"] == [{"part": "second", "why": "RuntimeError: no memory"}]
+    assert last["results"]["failed"] == [
+        {"part": "second", "why": "RuntimeError: no memory"},
+        {"part": "third", "why": "TypeError: no such argument in this version"},
+    ]
     assert last["targets"][0]["met"] is True
     assert out.end() == 1
     assert [file.name for file in path.parent.iterdir()] == ["file.json"]
@@ -255,7 +253,8 @@ def test_points_and_quantiles() -> None:
             points(text)
     with pytest.raises(argparse.ArgumentTypeError):
         points("0x1")
-    assert quantiles([1.0, 2.0, 3.0]) == {"p50": 2.0, "p99": pytest.approx(2.98), "mean": 2.0}
+    assert quantiles([1.0, 2.0, 3.0]) == {"p50": 2.0, "p99": None, "mean": 2.0}
+    assert quantiles(range(20))["p99"] == pytest.approx(18.81)
     assert quantiles([])["p50"] is None
 
 
@@ -304,10 +303,19 @@ def test_decode(tmp_path: Path) -> None:
         assert row["graphs"]["captured"] == 0
 
 
-def test_decode_without_time_says_what_it_left_out(tmp_path: Path) -> None:
+@pytest.fixture
+def no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.decode, "copy_bandwidth", lambda device: 1e9)
+
+
+@pytest.mark.usefixtures("no_copies")
+def test_decode_without_time_says_what_it_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "decode.json"
     words = ["--points", "1x8", "--modes", "eager", "--budget-s", "0", "--json", str(path)]
-    assert bench.decode.main(TINY + words) == 0
+    assert bench.decode.main(TINY + words) == 1
+    assert "nothing was measured; cut: no time for steps eager 1x8" in capsys.readouterr().out
     found = load(path, "decode")
     assert found["cut_for_time"] == ["steps eager 1x8", "engine eager 1x8", "append eager 1x8"]
     assert "steps" not in found
@@ -332,6 +340,34 @@ def test_targets_of_the_points_that_are_asked_for() -> None:
     assert bench.decode.make_targets(args, {"steps": rows}) == []
 
 
+@pytest.mark.usefixtures("no_copies")
+def test_decode_of_no_mode_that_there_is_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.decode.main([*TINY, "--points", "1x8", "--modes", "graphs"]) == 1
+    assert "nothing was measured; graphs: a CPU has no CUDA graphs" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_copies")
+def test_the_host_gap_needs_the_time_of_the_device(loaded: LoadedModel) -> None:
+    steps = [
+        {"mode": mode, "batch": 1, "context": 8, "flow_us": 9.0, "device_us": device_us}
+        for mode, device_us in (("eager", None), ("graphs", 5.0))
+    ]
+    out = Partial(None, "decode", {}, lambda found: [])
+    args = argparse.Namespace(shape="tiny-llama", device="cpu")
+    decode = bench.decode.Decode(args, loaded, out, Budget(None))
+    out.set(steps=steps)
+    assert decode._step_of(MODES["eager"], (1, 8)) == 9.0  # there it is the same
+    args.device = "cuda"
+    assert decode._step_of(MODES["eager"], (1, 8)) is None
+    assert decode._step_of(MODES["graphs"], (1, 8)) == 5.0
+
+
+def test_prefill_without_time_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--tokens", "8", "--matrices", "32", "--rounds", "1", "--budget-s", "0"]
+    assert bench.prefill.main(TINY + words) == 1
+    assert "nothing was measured; cut: no time for eager 8" in capsys.readouterr().out
+
+
 def test_prefill(tmp_path: Path) -> None:
     path = tmp_path / "prefill.json"
     words = ["--tokens", "24", "--matrices", "32,64", "--rounds", "2", "--json", str(path)]
@@ -345,89 +381,3 @@ def test_prefill(tmp_path: Path) -> None:
     assert row["attention_flops"] == 2 * 4 * 16 * 4 * (24 * 25 // 2)
     best = max(found["matrix_flops_per_s"].values())
     assert row["share"] == pytest.approx(row["flops"] / row["flow_us"] * 1e6 / best)
-
-
-def test_workload(tmp_path: Path) -> None:
-    path = tmp_path / "workload.json"
-    words = ["--nano-shape", "tiny-qwen3", "--requests", "5", "--lengths", "3,6"]
-    words += ["--concurrency", "1,2", "--sequences", "4", "--versus-s", "5", "--json", str(path)]
-    assert bench.workload.main(TINY + words) == 0
-    found = load(path, "workload")
-    work = uniform_work(5, [3, 6], 256, seed=0)
-    assert found["nano"]["requests_ended"] == 5
-    assert found["nano"]["generated_tokens"] == work.generated
-    assert found["nano"]["prompt_tokens"] == sum(map(len, work.prompts))
-    assert found["nano"]["ttft_ms"]["p99"] >= found["nano"]["ttft_ms"]["p50"] > 0
-    assert [(r["concurrency"], r["requests_ended"]) for r in found["served"]] == [(2, 4), (1, 2)]
-    versus = found["versus"]
-    assert versus["requests"] == 5
-    assert versus["attention_of_transformers"] == "sdpa"
-    assert versus["ratio"] == pytest.approx(
-        versus["transformers_seconds"] / versus["vattn_seconds"]
-    )
-
-
-def test_workload_refuses_lengths_that_are_no_range(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        bench.workload.main([*TINY, "--lengths", "9,3"])
-    assert "shortest and the longest" in capsys.readouterr().err
-
-
-class Broken:
-    """Settings with which nothing can be made."""
-
-    def config(self, work: Work) -> Any:
-        raise OSError("no such kernel here")
-
-
-def test_transformers_runs_with_the_first_settings_that_work(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    args = argparse.Namespace(nano_shape="tiny-qwen3", device="cpu", dtype="float32")
-    work = uniform_work(2, [3, 5], 256, seed=0)
-    side, attention = open_transformers(
-        args, [Broken(), BatchSettings(16, 64, 2)], largest=work, warm_up=work
-    )
-    side.close()
-    assert attention == "sdpa"
-    assert "no such kernel here" in capsys.readouterr().out
-    with pytest.raises(RuntimeError, match="no such kernel here"):
-        open_transformers(args, [Broken()], largest=work, warm_up=work)
-
-
-def test_transformers_chooses_for_itself_on_a_gpu() -> None:
-    flash, plain = settings_for("cuda", 8)
-    work = uniform_work(1, [3, 5], 256, seed=0)
-    assert flash.config(work).auto_switch_to_flash
-    assert not plain.config(work).auto_switch_to_flash
-
-
-def test_closed_loop_stops_in_time_and_leaves_nothing() -> None:
-    model = build_model(SHAPES["tiny-llama"], "cpu", torch.float32, 64)
-    with LLM(model, skip_tokenizer_init=True, max_num_seqs=3, kv_cache_memory_bytes="4MiB") as llm:
-        work = uniform_work(8, [5, 9], 256, seed=3)
-        whole = serve_closed(llm.engine, work, 3, None)
-        assert len(whole.timings) == whole.begun == 8
-        assert whole.generated_tokens == work.generated
-        none = serve_closed(llm.engine, work, 2, -1.0)
-        assert (none.begun, none.generated_tokens, none.timings) == (0, 0, [])
-        assert not llm.engine.has_unfinished
-        with pytest.raises(AssertionError, match="no place for 4"):
-            serve_closed(llm.engine, work, 4, None)
-        llm.engine.check()
-
-
-def test_mapping(tmp_path: Path) -> None:
-    path = tmp_path / "mapping.json"
-    words = ["--running", "3", "--queued", "2", "--step-tokens", "64", "--kv-budget", "4MiB"]
-    words += ["--steps", "20", "--turn", "10", "--divisor", "32", "--json", str(path)]
-    assert bench.mapping.main(TINY + words) == 0
-    found = load(path, "mapping")
-    assert found["steady"] is True
-    assert found["budget_used"] >= 0.95
-    assert list(found["ways"]) == ["ahead", "sync"]
-    for way in found["ways"].values():
-        assert way["steps"] == 20
-        assert 0 < way["ensure_share"] <= way["waiting_share"] < 1
-        assert way["calls_per_step"]["map"] >= 0
-    assert found["trace"]["requests"] == 4000

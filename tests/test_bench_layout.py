@@ -169,7 +169,8 @@ class Graph:
         self.open = False
         self.replays = 0
 
-    def capture_begin(self) -> None:
+    def capture_begin(self, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local"  # other threads may call the driver
         self.open = True
 
     def capture_end(self) -> None:

@@ -4,6 +4,12 @@ Two graphs serve every step: one for a single token, in which all sizes are cons
 any other number of them. Both are made before the first step, so no request waits for a compiler.
 What is compiled makes no CUDA graphs of its own and allocates by torch's allocator alone, so the
 engine's graphs may capture it.
+
+Every process compiles anew. Steps write K and V in the order of the layers, so the operator is
+registered as having an ordered effect; torch expresses that by its operator ``with_effects``, and
+inductor keeps no graph in its cache that contains one ("Can't cache HigherOrderOperator:
+with_effects"). Of an earlier process only what belongs to a kernel by itself is found again: the
+machine code of equal source text.
 """
 
 from __future__ import annotations
