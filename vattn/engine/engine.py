@@ -28,7 +28,7 @@ from vattn.hf.model import LoadedModel
 from vattn.kv.pool import PagePool
 from vattn.kv.swap import SwapSpace
 from vattn.metrics import EngineStats
-from vattn.request import FinishReason, Request, SamplingParams
+from vattn.request import FinishReason, Request, SamplingParams, Status
 
 _PAUSE_S = 0.001
 _SWAP_GIB = {"cpu": 0.0, "cuda": 4.0}
@@ -316,7 +316,8 @@ class Engine:
                 error="no token can be sampled: the model's logits are not finite (check its "
                 "weights and dtype), or min_tokens and stop_token_ids exclude every token",
             )
-        news = [request for request in sampling if not request.finished]
+        ended = Status.FINISHED
+        news = [request for request in sampling if request.status is not ended]
         self._generation_tokens += len(news)
         self.scheduler.append_tokens(plan, sampled.token_ids)
         for request, stop in self.outputs.process(sampling, sampled):

@@ -305,8 +305,8 @@ class Scheduler:
             return
         for request in plan.sampling:
             request.in_flight += 1
-            if len(request.tokens) + request.in_flight >= request.limit:
-                self._running.changed()  # waits for its last token
+            if request.computed + 1 >= request.limit:  # that is its length, now
+                self._running.wait_for_last(request)
         self._launched.append(plan)
 
     def stage(self) -> None:
