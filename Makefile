@@ -11,7 +11,7 @@ FAKE := build/fake_cuda/libfake_cuda.so
 
 CXX_FILES = $(wildcard $(addsuffix /*.cpp,$(CXX_DIRS)) $(addsuffix /*.h,$(CXX_DIRS)))
 CXX_DIRS := csrc allocator bench/native tests/fake_cuda tests/stress
-NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
+NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h allocator/*.cpp allocator/*.h)
 PACKAGING := pyproject.toml constraints.txt
 
 # What a stamp stands for is installed and built from the files that it depends on.

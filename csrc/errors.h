@@ -27,6 +27,12 @@ class OutOfSlots : public OutOfPages {
   using OutOfPages::OutOfPages;
 };
 
+// Not enough memory for a tensor: what torch.OutOfMemoryError is made of.
+class OutOfMemory : public OutOfPages {
+ public:
+  using OutOfPages::OutOfPages;
+};
+
 // The operating system allows no further mappings, whatever memory is left. Unmapping what is stale
 // helps.
 class OutOfMappings : public OutOfPages {

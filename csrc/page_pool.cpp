@@ -75,12 +75,20 @@ std::size_t PagePool::unclaimed() const noexcept {
 
 // Over the budget, pages that are free or stale go back to the device before any is given out.
 std::size_t PagePool::available(const DeviceLock&) const noexcept {
-  const std::size_t live = created_ - free_.size() - stale_;
+  const std::size_t live = live_pages();
   return budget_pages_ > live ? budget_pages_ - live : 0;
 }
 
-void PagePool::throw_out_of_pages(std::size_t wanted, std::size_t reserved) const {
+// Without those that are in nobody's use though they are not stale.
+std::size_t PagePool::live_pages() const noexcept {
   const std::size_t live = created_ - free_.size() - stale_;
+  std::size_t idle = 0;
+  for (const Reclaimer* reclaimer : reclaimers_) idle += reclaimer->idle_pages();
+  return live - std::min(live, idle);
+}
+
+void PagePool::throw_out_of_pages(std::size_t wanted, std::size_t reserved) const {
+  const std::size_t live = live_pages();
   const std::size_t most = budget_pages_ - std::min(budget_pages_, live);
   throw OutOfPages(std::to_string(wanted) + " pages of " + std::to_string(page_bytes_) +
                    " bytes are needed, and " + std::to_string(most - std::min(most, reserved)) +
@@ -89,13 +97,14 @@ void PagePool::throw_out_of_pages(std::size_t wanted, std::size_t reserved) cons
                    "; release or truncate sequences, or raise the budget");
 }
 
-PageRefs PagePool::acquire(std::span<const Address> homes, DeviceLock& lock, std::size_t reserved) {
+PageRefs PagePool::acquire(std::span<const Address> homes, DeviceLock& lock, std::size_t reserved,
+                           Effort most) {
   PageRefs refs(*this);
   const std::size_t n = homes.size();
   if (n == 0) return refs;
   if (over_budget(lock)) settle(lock);  // what became stale meanwhile goes back before anything new
   if (available(lock) < n + reserved) throw_out_of_pages(n, reserved);
-  if (free_.size() < n) find_more(homes, lock);
+  if (free_.size() < n) find_more(homes, lock, most);
   std::vector<PageId> taken(n, kNoPage);
   take_at_home(homes, taken);
   for (PageId& id : taken) {
@@ -110,7 +119,7 @@ PageRefs PagePool::acquire(std::span<const Address> homes, DeviceLock& lock, std
 
 // Brings the free list to the length of `homes`: creates what the budget allows, for the addresses
 // that no free page is at home at, and reclaims the rest.
-void PagePool::find_more(std::span<const Address> homes, DeviceLock& lock) {
+void PagePool::find_more(std::span<const Address> homes, DeviceLock& lock, Effort most) {
   const std::size_t n = homes.size();
   const std::size_t creatable = budget_pages_ > created_ ? budget_pages_ - created_ : 0;
   bool device_full = false;
@@ -125,7 +134,7 @@ void PagePool::find_more(std::span<const Address> homes, DeviceLock& lock) {
   } catch (const OutOfPages&) {
     device_full = true;  // less memory than the budget says: stale pages may still do
   }
-  if (free_.size() < n) reclaim(n - free_.size(), lock);
+  if (free_.size() < n) reclaim(n - free_.size(), lock, most);
   if (free_.size() >= n) return;
   if (!device_full) throw_out_of_pages(n, 0);
   throw OutOfPages("the device is out of memory at " + std::to_string(created_) +
@@ -312,6 +321,10 @@ void PagePool::detach(Reclaimer* reclaimer) {
 
 PoolStats PagePool::stats() {
   const DeviceLock guard = lock();
+  return stats_locked(guard);
+}
+
+PoolStats PagePool::stats_locked(const DeviceLock&) const noexcept {
   return {page_bytes_, budget_pages_, created_,       free_.size(),    created_ - free_.size(),
           stale_,      peak_created_, created_total_, destroyed_total_};
 }

@@ -34,6 +34,7 @@ class PagePool;
 
 // How far to go for pages. Each step includes those before it.
 enum class Effort : std::uint8_t {
+  kNone,  // only pages that nobody has: free ones and new ones
   kIdle,  // stale pages whose kernels have finished
   kKept,  // and of those, pages with content that a kept slot remembers
   kWait,  // and those whose kernels must be waited for
@@ -45,6 +46,9 @@ class Reclaimer {
   virtual ~Reclaimer() = default;
   // Gives back at least `pages` pages if it can and returns how many reached the pool's free list.
   virtual std::size_t reclaim(std::size_t pages, Effort effort, DeviceLock& lock) = 0;
+  // Pages that it could give and that the pool takes for live, because it uses them again without
+  // the device lock. Read at any time; the true number may have changed by the next moment.
+  virtual std::size_t idle_pages() const noexcept { return 0; }
 };
 
 // References to pages, given back to the pool on destruction. The device lock must be held then.
@@ -131,7 +135,8 @@ class PagePool {
   // none. Takes free pages first, those at home there before others, then creates within the
   // budget, then reclaims stale ones. Throws OutOfPages. `reserved` pages are stale and cannot be
   // had, because the operation has plans with them.
-  PageRefs acquire(std::span<const Address> homes, DeviceLock& lock, std::size_t reserved = 0);
+  PageRefs acquire(std::span<const Address> homes, DeviceLock& lock, std::size_t reserved = 0,
+                   Effort most = Effort::kWait);
   // Pages that acquire() could give at most: free, creatable and stale.
   std::size_t available(const DeviceLock&) const noexcept;
   // Those of them that nobody has mapped: free and creatable.
@@ -189,6 +194,7 @@ class PagePool {
   void detach(Reclaimer* reclaimer);
 
   PoolStats stats();
+  PoolStats stats_locked(const DeviceLock&) const noexcept;
   void check(const DeviceLock&) const;  // throws InvariantError
 
  private:
@@ -203,7 +209,8 @@ class PagePool {
   };
 
   Page& at(PageId id) noexcept { return pages_[id]; }
-  void find_more(std::span<const Address> homes, DeviceLock& lock);
+  void find_more(std::span<const Address> homes, DeviceLock& lock, Effort most);
+  std::size_t live_pages() const noexcept;
   PageId free_at_home(Address home) const;
   void take_at_home(std::span<const Address> homes, std::vector<PageId>& taken);
   void create_pages(std::span<const Address> homes);

@@ -1,0 +1,275 @@
+// Tags: pausing gives their physical memory back while their addresses stay, resuming brings it
+// back.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "grow.h"
+
+namespace vattn {
+namespace {
+
+// A stream of the driver's own, for copies.
+class CopyStream {
+ public:
+  explicit CopyStream(Driver& driver) : driver_(driver), stream_(driver.create_stream()) {}
+  ~CopyStream() {
+    try {
+      driver_.destroy_stream(stream_);
+    } catch (const std::exception&) {
+      // It goes with its context.
+    }
+  }
+  CopyStream(const CopyStream&) = delete;
+  CopyStream& operator=(const CopyStream&) = delete;
+  Stream get() const noexcept { return stream_; }
+
+ private:
+  Driver& driver_;
+  Stream stream_;
+};
+
+}  // namespace
+
+Scope& CachingAllocator::tag_scope(TagId tag, const char* what) {
+  if (tag == kNoTag) {
+    throw std::invalid_argument(std::string(what) + " needs a tag: memory without one stays");
+  }
+  if (tag < by_tag_.size() && by_tag_[tag] != nullptr) return *by_tag_[tag];
+  return add_scope(tag);
+}
+
+template <typename F>
+void CachingAllocator::for_each_live(Scope& scope, F visit) {
+  for (const auto& arena : scope.arenas) {
+    for (const auto& range : arena->ranges()) {
+      for (Block* b = range->first; b != nullptr; b = b->next) {
+        if (b->state == BlockState::kLive || b->state == BlockState::kPending) visit(b);
+      }
+    }
+  }
+}
+
+std::size_t CachingAllocator::tag_live_bytes(TagId tag) {
+  const Lock guard = lock();
+  std::size_t bytes = 0;
+  for_each_live(tag_scope(tag, "tag_live_bytes"), [&](Block* b) { bytes += b->bytes; });
+  return bytes;
+}
+
+bool CachingAllocator::is_paused(TagId tag) {
+  const Lock guard = lock();
+  return tag < by_tag_.size() && by_tag_[tag] != nullptr && by_tag_[tag]->paused;
+}
+
+void CachingAllocator::set_tag_budget(TagId tag, std::size_t bytes) {
+  const Lock guard = lock();
+  Scope& scope = tag_scope(tag, "a budget");
+  if (bytes != 0 && bytes < page_bytes_) {
+    throw std::invalid_argument("a budget of " + std::to_string(bytes) +
+                                " bytes is below one page of " + std::to_string(page_bytes_) +
+                                "; give at least one page, or 0 for none");
+  }
+  scope.budget_pages = bytes / page_bytes_;
+  scope.figures->budget.store(scope.budget_pages * page_bytes_, std::memory_order_relaxed);
+}
+
+// Until everything is done that was given to streams which use blocks of the scope.
+void CachingAllocator::wait_for_scope(Scope& scope) {
+  std::vector<Stream> streams;
+  for (const auto& arena : scope.arenas) streams.push_back(arena->stream());
+  for_each_live(scope, [&](Block* block) {
+    for (const auto& [address, users] : users_) {
+      if (address >= block->address && address < block->end()) {
+        streams.insert(streams.end(), users.begin(), users.end());
+      }
+    }
+  });
+  std::sort(streams.begin(), streams.end());
+  streams.erase(std::unique(streams.begin(), streams.end()), streams.end());
+  for (const Stream stream : streams) Fence(pool_->driver_ptr(), stream).wait();
+}
+
+void CachingAllocator::pause(TagId tag, bool backup, void* host, std::size_t host_bytes) {
+  const Lock guard = lock();
+  Scope& scope = tag_scope(tag, "pause");
+  if (scope.paused) throw std::invalid_argument("the tag '" + scope.name + "' is paused already");
+  if (!captures_.empty()) {
+    throw std::invalid_argument("a CUDA graph is being captured: pause '" + scope.name +
+                                "' before or after");
+  }
+  poll_pending(true, true);
+  std::size_t bytes = 0;
+  for_each_live(scope, [&](Block* b) { bytes += b->bytes; });
+  if (backup && host != nullptr && host_bytes < bytes) {
+    throw std::invalid_argument("the host buffer has " + std::to_string(host_bytes) +
+                                " bytes, and the live blocks of '" + scope.name + "' have " +
+                                std::to_string(bytes));
+  }
+  wait_for_scope(scope);
+  if (backup) save(scope, host, bytes);
+  DeviceLock pool_lock = park_and_lock_pool();
+  const Busy busy(busy_);
+  flush_all();
+  retire_done(pool_lock, true);
+  for (const auto& arena : scope.arenas) arena->set_gives(false);
+  scope.paused = true;
+  scope.has_backup = backup;
+  scope.figures->state.store(1, std::memory_order_relaxed);
+  recorder_.note(EventKind::kPause, tag, 0, bytes, 0);
+  unmap_all(scope, pool_lock);
+}
+
+void CachingAllocator::save(Scope& scope, void* host, std::size_t bytes) {
+  if (host == nullptr) scope.backup.resize(bytes);
+  scope.backup_at = host != nullptr ? static_cast<std::byte*>(host) : scope.backup.data();
+  const CopyStream stream(pool_->driver());
+  std::byte* at = scope.backup_at;
+  for_each_live(scope, [&](Block* b) {
+    b->backup_offset = static_cast<std::size_t>(at - scope.backup_at);
+    pool_->driver().copy_to_host(at, b->address, b->bytes, stream.get());
+    at += b->bytes;
+  });
+  pool_->driver().synchronize(stream.get());
+}
+
+// Gives back all pages of a paused scope. A stretch that the driver fails to unmap stays as it is,
+// and counts as mapped: that harms nobody.
+void CachingAllocator::unmap_all(Scope& scope, DeviceLock&) {
+  for (const auto& arena : scope.arenas) {
+    for (const auto& range : arena->ranges()) {
+      for (const auto& [first, n] : stretches(*range, true, [](std::size_t) { return true; })) {
+        try {
+          pool_->driver().unmap(range->base() + first * page_bytes_, n * page_bytes_);
+        } catch (const DriverError& error) {
+          if (error.fatal()) lost_ = true;
+          continue;
+        }
+        for (std::size_t i = first; i < first + n; ++i) {
+          pool_->drop_live(range->pages[i]);
+          pool_->drop_ref(range->pages[i]);
+          range->pages[i] = kNoPage;
+        }
+        count_mapped(*arena, -static_cast<std::ptrdiff_t>(n));
+      }
+    }
+  }
+}
+
+void CachingAllocator::resume(TagId tag) {
+  const Lock guard = lock();
+  Scope& scope = tag_scope(tag, "resume");
+  if (!scope.paused) throw std::invalid_argument("the tag '" + scope.name + "' is not paused");
+  DeviceLock pool_lock = park_and_lock_pool();
+  const Busy busy(busy_);
+  flush_all();
+  map_live(scope, pool_lock);
+  scope.paused = false;
+  for (const auto& arena : scope.arenas) {
+    arena->rebuild();
+    arena->set_gives(true);
+  }
+  scope.figures->state.store(0, std::memory_order_relaxed);
+  recorder_.note(EventKind::kResume, tag, 0, 0, 0);
+}
+
+// Pages under all live blocks of a paused scope, with their contents.
+void CachingAllocator::map_live(Scope& scope, DeviceLock& pool_lock) {
+  struct Piece {
+    Range* range;
+    std::size_t first, pages;
+  };
+  std::vector<Piece> pieces;
+  std::vector<Address> homes;
+  for (const auto& arena : scope.arenas) {
+    for (const auto& range : arena->ranges()) {
+      std::vector<bool> wanted(range->pages.size());
+      for (const Block* b = range->first; b != nullptr; b = b->next) {
+        if (b->state != BlockState::kLive && b->state != BlockState::kPending) continue;
+        for (std::size_t i = range->page_index(b->address); i <= range->page_index(b->end() - 1);
+             ++i) {
+          wanted[i] = true;
+        }
+      }
+      for (const auto& [first, n] :
+           stretches(*range, false, [&](std::size_t i) { return wanted[i]; })) {
+        pieces.push_back({range.get(), first, n});
+        for (std::size_t i = 0; i < n; ++i) {
+          homes.push_back(range->base() + (first + i) * page_bytes_);
+        }
+      }
+    }
+  }
+  PageRefs refs = pages_for_resume(scope, homes, pool_lock);
+  std::size_t at = 0, done = 0;
+  try {
+    for (const Piece& piece : pieces) {
+      std::vector<PageHandle> handles;
+      for (std::size_t i = 0; i < piece.pages; ++i) handles.push_back(pool_->handle(refs[at++]));
+      const Address base = piece.range->base() + piece.first * page_bytes_;
+      pool_->driver().map(base, handles, page_bytes_);
+      ++done;
+      pool_->driver().set_access(base, piece.pages * page_bytes_);
+    }
+    if (scope.has_backup) restore(scope);
+  } catch (const std::exception& error) {
+    for (std::size_t i = 0; i < done; ++i) {
+      try {
+        pool_->driver().unmap(pieces[i].range->base() + pieces[i].first * page_bytes_,
+                              pieces[i].pages * page_bytes_);
+      } catch (const std::exception&) {
+        lost_ = true;
+      }
+    }
+    if (dynamic_cast<const OutOfPages*>(&error) == nullptr) throw;
+    throw_out_of_memory(scope, homes.size() * page_bytes_, pool_lock, error.what());
+  }
+  at = 0;
+  for (const Piece& piece : pieces) {
+    for (std::size_t i = 0; i < piece.pages; ++i, ++at) {
+      piece.range->pages[piece.first + i] = refs[at];
+      pool_->add_ref(refs[at]);
+      pool_->add_live(refs[at]);
+      pool_->set_content(refs[at], Content::kDirty);
+    }
+    count_mapped(piece.range->arena, static_cast<std::ptrdiff_t>(piece.pages));
+  }
+  for_each_live(scope, [](Block* b) { b->backup_offset = kNoBackup; });
+  scope.backup.clear();
+  scope.backup.shrink_to_fit();
+  scope.backup_at = nullptr;
+  scope.has_backup = false;
+}
+
+PageRefs CachingAllocator::pages_for_resume(Scope& scope, std::span<const Address> homes,
+                                            DeviceLock& pool_lock) {
+  const std::size_t bytes = homes.size() * page_bytes_;
+  const auto lacking = [&] {
+    const std::size_t allowed = allowed_pages(scope, true);
+    return homes.size() > allowed ? homes.size() - allowed : 0;
+  };
+  try {
+    const std::size_t unclaimed = pool_->unclaimed();
+    const std::size_t wanted = homes.size() - std::min(homes.size(), unclaimed);
+    if (wanted > 0 || lacking() > 0) give_back(std::max(wanted, lacking()), true, pool_lock);
+    if (lacking() > 0) {
+      throw OutOfPages("a limit or a budget leaves too little");
+    }
+    return pool_->acquire(homes, pool_lock);
+  } catch (const OutOfPages& error) {
+    throw_out_of_memory(scope, bytes, pool_lock, error.what());
+  }
+}
+
+void CachingAllocator::restore(Scope& scope) {
+  const CopyStream stream(pool_->driver());
+  for_each_live(scope, [&](Block* b) {
+    if (b->backup_offset == kNoBackup) return;
+    pool_->driver().copy_from_host(b->address, scope.backup_at + b->backup_offset, b->bytes,
+                                   stream.get());
+  });
+  pool_->driver().synchronize(stream.get());
+}
+
+}  // namespace vattn

@@ -1,0 +1,188 @@
+// Blocks that more streams use than the one they were allocated for, and graph captures.
+#include <algorithm>
+
+#include "caching_allocator.h"
+
+namespace vattn {
+
+void CachingAllocator::record_stream(void* address, Stream stream) {
+  if (address == nullptr) return;
+  const Lock guard = lock();
+  const Address at = reinterpret_cast<Address>(address);
+  Stream own = 0;
+  Block* block = block_at(at);
+  Slab* slab = block == nullptr ? slab_at(at) : nullptr;
+  std::uint64_t bit = 0;
+  if (slab != nullptr) {
+    const std::uint32_t piece = slab->piece_of(at);
+    if (!slab->is_live(piece)) throw_unknown("record_stream", at);
+    bit = std::uint64_t{1} << piece;
+    own = slab->block->range->arena.stream();
+  } else if (block != nullptr) {
+    own = block->range->arena.stream();
+  } else {
+    throw_unknown("record_stream", at);
+  }
+  if (stream == own) return;
+  std::vector<Stream>& users = users_[at];
+  if (std::find(users.begin(), users.end(), stream) == users.end()) users.push_back(stream);
+  if (slab != nullptr) {
+    slab->users_mask |= bit;
+  } else {
+    block->has_users = true;
+  }
+}
+
+// Whether a stream is being captured, as far as those who capture have told us.
+bool CachingAllocator::capturing(Stream stream) {
+  return std::any_of(captures_.begin(), captures_.end(),
+                     [&](const Capture& capture) { return capture.filter(stream); });
+}
+
+// Marks the end of what other streams do with a block that is freed now. An event in a stream that
+// is being captured would become part of the graph, so such blocks wait for the capture's end.
+bool CachingAllocator::begin_pending(Address address) {
+  const auto found = users_.find(address);
+  if (found == users_.end()) return false;
+  const bool defer = std::any_of(found->second.begin(), found->second.end(),
+                                 [this](Stream stream) { return capturing(stream); });
+  if (defer) {
+    deferred_.push_back(address);
+    return true;
+  }
+  PendingFree pending{address, {}};
+  for (const Stream stream : found->second) {
+    pending.fences.push_back(std::make_shared<Fence>(pool_->driver_ptr(), stream));
+  }
+  pending_.push_back(std::move(pending));
+  users_.erase(found);
+  return true;
+}
+
+void CachingAllocator::start_deferred() {
+  std::vector<Address> waiting = std::exchange(deferred_, {});
+  for (const Address address : waiting) {
+    if (!begin_pending(address)) finish_free(address);
+  }
+}
+
+// Frees those blocks whose streams are done: the oldest ones, or of all those that are. On a
+// request's way only the oldest is asked about, which costs one query.
+void CachingAllocator::poll_pending(bool all, bool wait) {
+  const auto is_done = [wait](PendingFree& pending) {
+    for (const auto& fence : pending.fences) {
+      if (wait) fence->wait();
+      if (!fence->done()) return false;
+    }
+    return true;
+  };
+  for (std::size_t i = 0; i < pending_.size();) {
+    if (is_done(pending_[i])) {
+      const Address address = pending_[i].address;
+      pending_.erase(pending_.begin() + static_cast<std::ptrdiff_t>(i));
+      finish_free(address);
+    } else if (all) {
+      ++i;
+    } else {
+      return;
+    }
+  }
+}
+
+// No stream uses the block any more, but for its own, in whose order it is used again.
+void CachingAllocator::finish_free(Address address) {
+  const auto found = by_address_.find(address);
+  Block* block = found != by_address_.end() && !found->second->is_slab ? found->second : nullptr;
+  Slab* slab = block == nullptr ? slab_at(address) : nullptr;
+  Arena& arena = (block != nullptr ? block : slab->block)->range->arena;
+  const std::size_t bytes = block != nullptr ? block->bytes : slab->piece_bytes;
+  for (StatGroup* group : {&book_.all, &book_.kinds[static_cast<std::size_t>(arena.kind())]}) {
+    group->active.remove(1);
+    group->active_bytes.remove(static_cast<std::int64_t>(bytes));
+  }
+  arena.count_live(-1);
+  if (recorder_.on()) {
+    const std::size_t asked =
+        block != nullptr ? block->asked_bytes : slab->asked_bytes[slab->piece_of(address)];
+    recorder_.note(EventKind::kFreeCompleted, arena.scope().tag, address, asked, arena.stream());
+  }
+  if (block != nullptr) {
+    block->has_users = false;
+    arena.give(block);
+  } else {
+    give_piece(*slab, slab->piece_of(address));
+  }
+}
+
+// Graph captures ---------------------------------------------------------------------------------
+
+Scope* CachingAllocator::graph_scope(GraphPoolId id) noexcept {
+  for (const auto& scope : scopes_) {
+    if (scope->is_graph && scope->graph == id && scope->graph_users > 0) return scope.get();
+  }
+  return nullptr;
+}
+
+void CachingAllocator::begin_graph_pool(GraphPoolId id, std::function<bool(Stream)> filter) {
+  const Lock guard = lock();
+  for (const Capture& capture : captures_) {
+    if (capture.id == id) {
+      throw std::invalid_argument("the graph pool (" + std::to_string(id.first) + ", " +
+                                  std::to_string(id.second) +
+                                  ") is being allocated to already; end that first");
+    }
+  }
+  Scope* scope = graph_scope(id);
+  if (scope == nullptr) {
+    auto made = std::make_unique<Scope>();
+    made->name = "graph pool " + std::to_string(id.first) + "." + std::to_string(id.second);
+    made->graph = id;
+    made->is_graph = true;
+    made->figures = &StatsPage::of_process().add_tag(device_, made->name);
+    made->figures->state.store(2, std::memory_order_relaxed);
+    scope = made.get();
+    scopes_.push_back(std::move(made));
+  }
+  ++scope->graph_users;
+  captures_.push_back({id, std::move(filter)});
+}
+
+void CachingAllocator::end_graph_pool(GraphPoolId id) {
+  const Lock guard = lock();
+  const auto ended = std::find_if(captures_.begin(), captures_.end(),
+                                  [&](const Capture& capture) { return capture.id == id; });
+  if (ended == captures_.end()) {
+    throw std::invalid_argument("nobody allocates to the graph pool (" + std::to_string(id.first) +
+                                ", " + std::to_string(id.second) + ")");
+  }
+  captures_.erase(ended);
+  if (captures_.empty()) start_deferred();
+}
+
+// The last user's release makes the pool's memory ordinary. A replay may have been on any stream,
+// so its pages go to others only behind everything that any stream known here has been given.
+void CachingAllocator::release_graph_pool(GraphPoolId id) {
+  const Lock guard = lock();
+  Scope* scope = graph_scope(id);
+  if (scope == nullptr) {
+    throw std::invalid_argument("there is no graph pool (" + std::to_string(id.first) + ", " +
+                                std::to_string(id.second) + ") to release");
+  }
+  if (--scope->graph_users > 0) return;
+  scope->owed_fences = known_streams();
+  for (const auto& arena : scope->arenas) arena->set_gives(true);
+}
+
+std::vector<Stream> CachingAllocator::known_streams() const {
+  std::vector<Stream> streams;
+  for (const auto& scope : scopes_) {
+    for (const auto& arena : scope->arenas) {
+      if (std::find(streams.begin(), streams.end(), arena->stream()) == streams.end()) {
+        streams.push_back(arena->stream());
+      }
+    }
+  }
+  return streams;
+}
+
+}  // namespace vattn
