@@ -30,7 +30,7 @@ help:
 	@echo "make test           lint, types and the whole test suite (GPU tests skip without a GPU)"
 	@echo "make dev            .venv with every extra but cuda and flash, and the fake CUDA driver"
 	@echo "make lint           ruff, mypy, clang-format; make format rewrites the files"
-	@echo "make fake           the fake CUDA driver, $(FAKE)"
+	@echo "make fake           the fake CUDA driver, $(FAKE), and the program that replays allocations"
 	@echo "make test-sanitize  the C++ stress test under TSan and under ASan+UBSan (also: make stress)"
 	@echo "make soak           10,000 random requests with faults, cancellations and moving budgets"
 	@echo "make gpu-check      what a GPU can show in nine minutes; needs no network"
@@ -60,7 +60,7 @@ format: $(STAMP_DEV)
 fake: $(STAMP_DEV)
 	$(CONFIGURE) -B build/fake_cuda -DVATTN_WERROR=ON \
 		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath build/fake_cuda)
-	$(CMAKE) --build build/fake_cuda -j $(JOBS) --target fake_cuda
+	$(CMAKE) --build build/fake_cuda -j $(JOBS) --target fake_cuda vattn_allocator_replay
 	@test -f $(FAKE) || { echo "error: the target fake_cuda did not make $(FAKE)" >&2; exit 1; }
 
 stress: test-sanitize
@@ -104,7 +104,7 @@ endif
 
 bench: $(STAMP_DEV)
 	$(CONFIGURE) -B build/bench
-	$(CMAKE) --build build/bench -j $(JOBS) --target vattn_ensure_bench
+	$(CMAKE) --build build/bench -j $(JOBS) --target vattn_ensure_bench vattn_allocator_replay
 	mkdir -p results
 	$(BIN)/python -m bench.vmm --json results/vmm.json
 	$(BIN)/python -m bench.cache --json results/cache.json
@@ -113,6 +113,7 @@ bench: $(STAMP_DEV)
 	$(BIN)/python -m bench.memory --json results/memory.json
 	$(BIN)/python -m bench.overlap --json results/overlap.json
 	$(BIN)/python -m bench.offline --json results/offline.json
+	$(BIN)/python -m bench.allocator --json results/allocator.json
 
 report: $(STAMP_DEV)
 	$(BIN)/python -m bench.report

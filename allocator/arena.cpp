@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <string>
+#include <tuple>
+#include <utility>
 
 #include "scope.h"
 
@@ -17,6 +19,7 @@ Arena::Arena(const Parts& parts)
       blocks_(parts.blocks),
       by_address_(parts.by_address),
       idle_pages_(parts.idle_pages),
+      quick_bytes_(parts.quick_bytes),
       clock_(parts.clock) {}
 
 Arena::~Arena() {
@@ -36,12 +39,31 @@ Block* Arena::take(std::size_t bytes) {
   if (bytes <= QuickLists::kMaxBytes) {
     if (Block* block = quick_.take(bytes)) {
       block->state = BlockState::kClaimed;
+      add_quick(-static_cast<std::ptrdiff_t>(bytes));
       return block;
     }
-    flush();
   }
-  const auto found = free_.lower_bound(bytes);
-  return found == free_.end() ? nullptr : carve(found, (*found)->address, bytes);
+  flush();
+  const auto smallest = free_.lower_bound(bytes);
+  if (smallest == free_.end()) return nullptr;
+  return carve(smallest, (*smallest)->address, bytes);
+}
+
+Block* Arena::take_hole(std::size_t bytes, std::size_t align) {
+  flush();
+  int tries = 0;
+  for (auto it = free_.lower_bound(bytes); it != free_.end() && tries < kMaxTries; ++it, ++tries) {
+    const Block* block = *it;
+    const Address begins[] = {round_up(block->address, align),
+                              (block->end() - bytes) / align * align};
+    for (const Address begin : begins) {
+      if (begin < block->address || begin + bytes > block->end()) continue;
+      const std::size_t left = block->range->whole_pages(block->address, begin) +
+                               block->range->whole_pages(begin + bytes, block->end());
+      if (left == idle_pages_of(block)) return carve(it, begin, bytes);
+    }
+  }
+  return nullptr;
 }
 
 Block* Arena::take_slab_block() {
@@ -82,13 +104,17 @@ void Arena::give(Block* block) {
   if (block->bytes <= QuickLists::kMaxBytes) {
     block->state = BlockState::kQuick;
     quick_.give(block);
+    add_quick(static_cast<std::ptrdiff_t>(block->bytes));
     return;
   }
   insert_merged(block);
 }
 
 void Arena::flush() {
-  quick_.drain([this](Block* block) { insert_merged(block); });
+  quick_.drain([this](Block* block) {
+    add_quick(-static_cast<std::ptrdiff_t>(block->bytes));
+    insert_merged(block);
+  });
 }
 
 void Arena::insert_merged(Block* block) {
@@ -104,6 +130,12 @@ void Arena::insert_merged(Block* block) {
     absorb_next(block);
   }
   insert_free(block);
+}
+
+// Written with the allocator's lock held only, so no read-modify-write is needed.
+void Arena::add_quick(std::ptrdiff_t bytes) noexcept {
+  const std::size_t now = quick_bytes_.load(std::memory_order_relaxed);
+  quick_bytes_.store(now + static_cast<std::size_t>(bytes), std::memory_order_relaxed);
 }
 
 // Blocks ----------------------------------------------------------------------------------------
@@ -149,6 +181,8 @@ void Arena::erase_free(Block* block) {
 }
 
 void Arena::give_unmapped(Block* block) {
+  if (block->state == BlockState::kShadow) shadows_.erase(block);
+  block->is_shadow = false;
   block->state = BlockState::kUnmapped;
   if (block->next != nullptr && block->next->state == BlockState::kUnmapped) {
     unmapped_.erase(block->next);
@@ -160,6 +194,15 @@ void Arena::give_unmapped(Block* block) {
     absorb_next(block);
   }
   unmapped_.insert(block);
+}
+
+bool Arena::nothing_mapped() const noexcept {
+  for (const auto& range : ranges_) {
+    for (const PageId page : range->pages) {
+      if (page != kNoPage) return false;
+    }
+  }
+  return true;
 }
 
 bool Arena::all_unmapped() const noexcept {
@@ -192,51 +235,77 @@ void Arena::add_range(std::size_t bytes) {
   block->bytes = size;
   block->range = range.get();
   range->first = block;
+  range->figures = range_entry(scope_.figures.index(), stream_, static_cast<std::uint64_t>(kind_),
+                               range->base(), size);
+  range->figures.show();
   unmapped_.insert(block);
   ranges_.push_back(std::move(range));
 }
 
-Window Arena::best_window(std::size_t bytes, std::size_t align) {
+Window Arena::best_window(std::size_t bytes, std::size_t align, const Revivable& revivable) {
   for (int attempt = 0;; ++attempt) {
     Window best;
-    for (Block* block : unmapped_) consider(block, bytes, align, best);
+    for (Block* block : shadows_) consider(block, bytes, align, revivable, best);
+    if (best.range == nullptr || best.missing_pages > 0) {
+      for (Block* block : unmapped_) consider(block, bytes, align, revivable, best);
+    }
     if (best.range != nullptr || attempt > 0) return best;
     add_range(bytes);
   }
 }
 
-// The windows of the run of free and unmapped blocks around one that is unmapped. Each begins at a
-// block's begin or ends at a block's end: between those, moving it gains nothing.
-void Arena::consider(Block* unmapped, std::size_t bytes, std::size_t align, Window& best) const {
-  const Range& range = *unmapped->range;
-  Block* first = unmapped;
-  while (first->prev != nullptr && first->prev->free_or_unmapped()) {
+// The windows of the run of free addresses around a block that is not free and mapped already: of
+// blocks without pages, and of shadows that can have theirs back. Each begins at a block's begin or
+// ends at a block's end: between those, moving it gains nothing.
+void Arena::consider(Block* start, std::size_t bytes, std::size_t align, const Revivable& revivable,
+                     Window& best) const {
+  const auto passable = [&](const Block* b) {
+    return b->free_or_unmapped() || (b->state == BlockState::kShadow && revivable(b));
+  };
+  if (!passable(start)) return;
+  const Range& range = *start->range;
+  Block* first = start;
+  while (first->prev != nullptr && passable(first->prev)) {
     first = first->prev;
-    if (first->state == BlockState::kUnmapped) return;  // that one has considered this run
+    if (first->state == start->state) return;  // that one has considered this run
   }
   Address end = first->address;
-  for (const Block* b = first; b != nullptr && b->free_or_unmapped(); b = b->next) end = b->end();
+  for (const Block* b = first; b != nullptr && passable(b); b = b->next) end = b->end();
   const Address run = first->address;
   if (end - run < bytes) return;
 
   const auto try_begin = [&](Block* at, Address begin) {
     begin = round_up(begin, align);
     if (begin + bytes > end) return;
-    while (begin >= at->end()) at = at->next;
-    std::size_t missing = 0;
+    while (at != nullptr && begin >= at->end()) at = at->next;
+    if (at == nullptr) return;
+    std::size_t missing = 0, used = 0;
     for (const Block* b = at; b != nullptr && b->address < begin + bytes; b = b->next) {
-      if (b->state != BlockState::kUnmapped) continue;
+      if (b->state == BlockState::kFree) {
+        const Address in = std::max(b->address, begin), out = std::min(b->end(), begin + bytes);
+        used += range.whole_pages(b->address, b->end()) - range.whole_pages(b->address, in) -
+                range.whole_pages(out, b->end());
+        continue;
+      }
+      if (b->state != BlockState::kUnmapped) {
+        used += (std::min(b->end(), begin + bytes) - std::max(b->address, begin)) / page_bytes_;
+        continue;
+      }
       const Address from = range.page_floor(std::max(b->address, begin));
       const Address to = range.page_ceil(std::min(b->end(), begin + bytes));
       missing += (to - from) / page_bytes_;
-      if (best.range != nullptr && missing > best.missing_pages) return;
     }
     const std::size_t run_bytes = end - run;
-    const bool better = best.range == nullptr || missing < best.missing_pages ||
-                        (missing == best.missing_pages && run_bytes < best.run_bytes);
-    if (better) best = {at->range, at, begin, bytes, missing, run_bytes};
+    used += missing;
+    const auto rank = [](const Window& w) {
+      return std::tuple(w.missing_pages > 0, w.used_pages, w.missing_pages,
+                        w.begin != w.range->page_floor(w.begin), w.run_bytes);
+    };
+    const Window window{at->range, at, begin, bytes, missing, used, run_bytes};
+    if (best.range == nullptr || rank(window) < rank(best)) best = window;
   };
   for (Block* b = first; b != nullptr && b->address < end; b = b->next) {
+    if (align == kBlockBytes) try_begin(b, range.page_ceil(b->address));
     try_begin(b, b->address);
     if (b->end() - run >= bytes && align == kBlockBytes) try_begin(first, b->end() - bytes);
   }
@@ -246,41 +315,55 @@ std::vector<Block*> Arena::claim(const Window& window) {
   std::vector<Block*> claimed;
   const Address window_end = window.begin + window.bytes;
   for (Block* b = window.first; b != nullptr && b->address < window_end; b = b->next) {
-    const bool mapped = b->state == BlockState::kFree;
+    const BlockState state = b->state;
     Address from = std::max(b->address, window.begin), to = std::min(b->end(), window_end);
-    if (!mapped) {
+    if (state != BlockState::kFree) {
       from = window.range->page_floor(from);
       to = window.range->page_ceil(to);
     }
-    if (mapped) {
-      erase_free(b);
-    } else {
-      unmapped_.erase(b);
-    }
-    const auto keep = [&](Block* part) {
-      if (mapped) {
-        insert_free(part);
-      } else {
-        unmapped_.insert(part);
-      }
-    };
+    take_out(b);
     if (from > b->address) {
       Block* head = b;
       b = split(head, from - head->address);
-      keep(head);
+      put_in(head, state);
     }
-    if (to < b->end()) keep(split(b, to - b->address));
+    if (to < b->end()) put_in(split(b, to - b->address), state);
     b->state = BlockState::kClaimed;
+    b->is_shadow = state == BlockState::kShadow;
     claimed.push_back(b);
   }
   return claimed;
+}
+
+// Out of and into the set of its state, merging nothing.
+void Arena::take_out(Block* block) {
+  if (block->state == BlockState::kFree) {
+    erase_free(block);
+  } else if (block->state == BlockState::kUnmapped) {
+    unmapped_.erase(block);
+  } else {
+    shadows_.erase(block);
+  }
+}
+
+void Arena::put_in(Block* block, BlockState state) {
+  block->state = state;
+  if (state == BlockState::kFree) {
+    insert_free(block);
+  } else if (state == BlockState::kUnmapped) {
+    unmapped_.insert(block);
+  } else {
+    shadows_.insert(block);
+  }
 }
 
 void Arena::unclaim(const std::vector<Block*>& claimed) {
   for (Block* block : claimed) {
     const std::size_t page = block->range->page_index(block->address);
     const auto& pages = block->range->pages;
-    if (page < pages.size() && pages[page] != kNoPage) {
+    if (std::exchange(block->is_shadow, false)) {
+      put_in(block, BlockState::kShadow);
+    } else if (page < pages.size() && pages[page] != kNoPage) {
       insert_merged(block);
     } else {
       give_unmapped(block);
@@ -302,11 +385,12 @@ Block* Arena::merge_claimed(const std::vector<Block*>& claimed, Address begin, s
 }
 
 Block* Arena::cut_pages(Block* block, std::size_t pages) {
+  const Address end = block->range->page_floor(block->end());
+  return cut(block, end - std::min(pages, idle_pages_of(block)) * page_bytes_, end);
+}
+
+Block* Arena::cut(Block* block, Address begin, Address end) {
   erase_free(block);
-  const Range& range = *block->range;
-  const std::size_t whole = idle_pages_of(block);
-  const Address end = range.page_floor(block->end());
-  const Address begin = end - std::min(pages, whole) * page_bytes_;
   if (end < block->end()) insert_free(split(block, end - block->address));
   if (begin > block->address) {
     Block* head = block;
@@ -317,27 +401,35 @@ Block* Arena::cut_pages(Block* block, std::size_t pages) {
   return block;
 }
 
+void Arena::give_shadow(Block* block) { put_in(block, BlockState::kShadow); }
+
 // Fences ----------------------------------------------------------------------------------------
+
+std::shared_ptr<Fence> fence_in(const std::shared_ptr<Driver>& driver, Stream stream) {
+  constexpr int kInvalidHandle = 400;
+  try {
+    return std::make_shared<Fence>(driver, stream);
+  } catch (const DriverError& error) {
+    if (error.code() == kInvalidHandle) return nullptr;
+    throw;
+  }
+}
 
 std::shared_ptr<Fence> Arena::fence() {
   if (fence_ != nullptr && fence_clock_ >= last_freed_) return fence_;
-  if (fence_lost_) return nullptr;
-  try {
-    fence_ = std::make_shared<Fence>(driver_, stream_);
-  } catch (const DriverError& error) {
-    if (error.fatal()) throw;
-    // The program destroyed the stream: nobody can tell any more when its work is done.
-    fence_lost_ = true;
-    return nullptr;
-  }
+  fence_ = fence_in(driver_, stream_);
   fence_clock_ = clock_;
   return fence_;
 }
 
+bool Arena::known_done(const Block* block) {
+  return fence_ != nullptr && fence_clock_ >= block->freed_at && fence_->done();
+}
+
 bool Arena::fence_done(const Block* block) {
-  if (fence_ != nullptr && fence_clock_ >= block->freed_at && fence_->done()) return true;
+  if (known_done(block)) return true;
   const std::shared_ptr<Fence> now = fence();
-  return now != nullptr && now->done();
+  return now == nullptr || now->done();
 }
 
 // After a pause ---------------------------------------------------------------------------------
@@ -400,7 +492,8 @@ void require(bool holds, const char* what, Address at) {
 void Arena::check() const {
   std::size_t free_blocks = 0;
   for (const auto& range : ranges_) check_range(*range, free_blocks);
-  require(free_blocks == free_.size() + unmapped_.size(), "sets of free blocks are wrong", 0);
+  require(free_blocks == free_.size() + unmapped_.size() + shadows_.size(),
+          "sets of free blocks are wrong", 0);
 }
 
 void Arena::check_range(const Range& range, std::size_t& free_blocks) const {
@@ -414,7 +507,7 @@ void Arena::check_range(const Range& range, std::size_t& free_blocks) const {
     require(b->state != BlockState::kClaimed, "claimed between operations", at);
     at = b->end();
     const bool pages_here = b->state != BlockState::kUnmapped;
-    const bool whole = b->state == BlockState::kUnmapped || b->state == BlockState::kRetiring;
+    const bool whole = b->state == BlockState::kUnmapped || b->state == BlockState::kShadow;
     if (whole) {
       require(range.page_floor(b->address) == b->address, "does not begin where a page does", at);
       require(range.page_floor(b->end()) == b->end(), "does not end where a page does", at);
@@ -432,6 +525,11 @@ void Arena::check_range(const Range& range, std::size_t& free_blocks) const {
       require(before == nullptr || before->state != BlockState::kFree, "not merged", b->address);
       ++free_blocks;
     }
+    if (b->state == BlockState::kShadow) {
+      require(shadows_.contains(const_cast<Block*>(b)), "not among the shadows", b->address);
+      ++free_blocks;
+    }
+    require(!b->is_shadow, "claimed as a shadow between operations", b->address);
     if (b->state == BlockState::kUnmapped) {
       require(unmapped_.contains(const_cast<Block*>(b)), "not among the unmapped", b->address);
       ++free_blocks;

@@ -46,6 +46,7 @@ py::dict figures_dict(CachingAllocator& allocator) {
   out["page_bytes"] = f.page_bytes;
   out["limit_bytes"] = f.limit_bytes;
   out["idle_bytes"] = f.idle_bytes;
+  out["shadow_bytes"] = f.shadow_bytes;
   out["pending_blocks"] = f.pending_blocks;
   return out;
 }

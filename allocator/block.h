@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "region.h"
+#include "stats_page.h"
 
 namespace vattn {
 
@@ -29,7 +30,7 @@ enum class BlockState : std::uint8_t {
   kQuick,     // free and mapped, on a list of blocks of its size, not merged with its neighbours
   kFree,      // free and mapped, merged with its neighbours, in the arena's tree
   kUnmapped,  // free; no pages. Starts and ends where pages do
-  kRetiring,  // its pages serve other addresses by now; to be unmapped when its fence is done
+  kShadow,    // free; mapped, but its pages belong to other addresses by now
   kClaimed,   // in the hands of an operation
 };
 
@@ -47,6 +48,7 @@ struct Block {
   std::size_t backup_offset = kNoBackup;  // while paused: where its contents are
   BlockState state = BlockState::kUnmapped;
   bool is_slab = false;    // live, and cut into small pieces
+  bool is_shadow = false;  // a claimed one: it was a shadow
   bool has_users = false;  // streams other than its arena's use it
 
   Address end() const noexcept { return address + bytes; }
@@ -86,6 +88,7 @@ struct Range {
   Reservation reservation;
   std::vector<PageId> pages;  // kNoPage: not mapped; shorter than the range where nothing ever was
   Block* first = nullptr;
+  StatsEntry<RangeFigures> figures;
 };
 
 // Blocks come and go with every split and merge; their memory is kept.

@@ -6,6 +6,14 @@
 namespace vattn {
 namespace {
 
+constexpr int kSpins = 200;
+
+void relax() noexcept {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
 std::size_t rounded(std::size_t bytes) { return round_up(bytes, kBlockBytes); }
 
 std::string address_text(Address address) {
@@ -14,13 +22,10 @@ std::string address_text(Address address) {
   return text;
 }
 
-int device_of(const Driver& driver) {
-  constexpr int kDlCuda = 2;
-  const std::string name = driver.name();
-  if (driver.dlpack_device().type == kDlCuda) return driver.dlpack_device().id;
-  // A driver whose memory the CPU can reach.
-  const std::size_t colon = name.find(':');
-  return colon == std::string::npos ? -2 : std::stoi(name.substr(colon + 1));
+StatsEntry<AllocatorFigures> shown_figures(const PagePool& pool) {
+  StatsEntry<AllocatorFigures> figures = allocator_entry(pool.figures_index());
+  figures.show();
+  return figures;
 }
 
 }  // namespace
@@ -34,7 +39,8 @@ CachingAllocator::CachingAllocator(std::shared_ptr<PagePool> pool, std::shared_p
                                 ? options.range_bytes
                                 : pool_->stats().budget_pages * page_bytes_ * 9 / 8,
                             page_bytes_)),
-      device_(device_of(pool_->driver())) {
+      figures_(shown_figures(*pool_)),
+      idle_pages_(figures_->idle_pages) {
   if (mapper_ != nullptr && mapper_->pool() != pool_) {
     throw std::invalid_argument("the mapper belongs to another pool than the allocator's");
   }
@@ -45,7 +51,13 @@ CachingAllocator::CachingAllocator(std::shared_ptr<PagePool> pool, std::shared_p
 
 CachingAllocator::Lock CachingAllocator::lock() {
   require_usable();
-  Lock guard(mutex_);
+  Lock guard(mutex_, std::try_to_lock);
+  // What others do with it in hand mostly takes tens of nanoseconds: less than going to sleep.
+  for (int tries = 0; !guard.owns_lock() && tries < kSpins; ++tries) {
+    relax();
+    guard.try_lock();
+  }
+  if (!guard.owns_lock()) guard.lock();
   if (lost_) {
     throw DriverError("allocate", 0, "an earlier failure of the driver could not be undone", true);
   }
@@ -70,17 +82,30 @@ void* CachingAllocator::allocate(std::size_t bytes, Stream stream) {
   const SizeKind kind = size_kind(size);
   Block* block = allocate_block(scope, arena_for(scope, stream, kind), size);
   block->asked_bytes = bytes;
-  count_allocation(scope, kind, size, bytes);
+  count_allocation(scope, block->range->arena.kind(), size, bytes);
   recorder_.note(EventKind::kAlloc, scope.tag, block->address, bytes, stream);
   return reinterpret_cast<void*>(block->address);
 }
 
 Block* CachingAllocator::allocate_block(Scope& scope, Arena& arena, std::size_t bytes) {
   Block* block = arena.take(bytes);
+  if (block == nullptr) block = take_hole(scope, arena, bytes, kBlockBytes);
   if (block == nullptr) block = grow(scope, arena, bytes, kBlockBytes);
   block->state = BlockState::kLive;
-  arena.count_live(1);
+  block->range->arena.count_live(1);
   return block;
+}
+
+// Before a small request makes an arena grow: what is left over between large blocks of its stream.
+Block* CachingAllocator::take_hole(Scope& scope, Arena& arena, std::size_t bytes,
+                                   std::size_t align) {
+  if (arena.kind() == SizeKind::kLarge) return nullptr;
+  for (const auto& other : scope.arenas) {
+    if (other->stream() == arena.stream() && other->kind() == SizeKind::kLarge) {
+      return other->take_hole(bytes, align);
+    }
+  }
+  return nullptr;
 }
 
 void CachingAllocator::free(void* address, std::size_t bytes) {
@@ -109,8 +134,9 @@ void CachingAllocator::free_block(Block* block, std::size_t bytes) {
   Scope& scope = arena.scope();
   recorder_.note(EventKind::kFreeRequested, scope.tag, block->address, block->asked_bytes,
                  arena.stream());
+  const bool pending = block->has_users && begin_pending(block->address);
   count_free(scope, arena.kind(), block->bytes, block->asked_bytes);
-  if (block->has_users && begin_pending(block->address)) {
+  if (pending) {
     block->state = BlockState::kPending;
     return;
   }
@@ -124,6 +150,7 @@ void* CachingAllocator::allocate_piece(Scope& scope, Stream stream, std::size_t 
   Arena& arena = arena_for(scope, stream, SizeKind::kSmall);
   Slab*& first = arena.partial[slab_class(bytes)];
   Slab* slab = first != nullptr ? first : new_slab(scope, arena, piece_bytes);
+  if (slab->empty()) quick_bytes_ -= kSlabBytes;
   const auto piece = static_cast<std::uint32_t>(std::countr_zero(slab->free_mask));
   slab->free_mask &= slab->free_mask - 1;
   slab->asked_bytes[piece] = static_cast<std::uint16_t>(bytes);
@@ -132,7 +159,7 @@ void* CachingAllocator::allocate_piece(Scope& scope, Stream stream, std::size_t 
     if (first != nullptr) first->prev = nullptr;
     slab->next = nullptr;
   }
-  arena.count_live(1);
+  slab->block->range->arena.count_live(1);
   count_allocation(scope, SizeKind::kSmall, piece_bytes, bytes);
   const Address address = slab->at(piece);
   recorder_.note(EventKind::kAlloc, scope.tag, address, bytes, stream);
@@ -142,12 +169,15 @@ void* CachingAllocator::allocate_piece(Scope& scope, Stream stream, std::size_t 
 Slab* CachingAllocator::new_slab(Scope& scope, Arena& arena, std::size_t piece_bytes) {
   auto slab = std::make_unique<Slab>();
   Block* block = arena.take_slab_block();
+  if (block == nullptr) block = take_hole(scope, arena, kSlabBytes, kSlabBytes);
   if (block == nullptr) block = grow(scope, arena, kSlabBytes, kSlabBytes);
   block->state = BlockState::kLive;
   block->is_slab = true;
   slab->block = block;
+  slab->home = &arena;
   slab->piece_bytes = piece_bytes;
   slab->free_mask = slab->all_mask();
+  quick_bytes_ += kSlabBytes;
   arena.partial[slab_class(piece_bytes)] = slab.get();
   return slabs_.emplace(block->address, std::move(slab)).first->second.get();
 }
@@ -166,8 +196,9 @@ void CachingAllocator::free_piece(Slab& slab, Address address, std::size_t bytes
   }
   Arena& arena = slab.block->range->arena;
   recorder_.note(EventKind::kFreeRequested, arena.scope().tag, address, asked, arena.stream());
+  const bool pending = (slab.users_mask & bit) != 0 && begin_pending(address);
   count_free(arena.scope(), SizeKind::kSmall, slab.piece_bytes, asked);
-  if ((slab.users_mask & bit) != 0 && begin_pending(address)) {
+  if (pending) {
     slab.pending_mask |= bit;
     return;
   }
@@ -176,8 +207,7 @@ void CachingAllocator::free_piece(Slab& slab, Address address, std::size_t bytes
 
 // A piece comes back; a slab without live pieces becomes free space, but for the last of its class.
 void CachingAllocator::give_piece(Slab& slab, std::uint32_t piece) {
-  Arena& arena = slab.block->range->arena;
-  Slab*& first = arena.partial[slab_class(slab.piece_bytes)];
+  Slab*& first = slab.home->partial[slab_class(slab.piece_bytes)];
   const bool was_full = slab.free_mask == 0;
   const std::uint64_t bit = std::uint64_t{1} << piece;
   slab.free_mask |= bit;
@@ -189,13 +219,13 @@ void CachingAllocator::give_piece(Slab& slab, std::uint32_t piece) {
     if (first != nullptr) first->prev = &slab;
     first = &slab;
   }
-  if (!slab.empty() || (first == &slab && slab.next == nullptr)) return;
-  drop_slab(slab);
+  if (!slab.empty()) return;
+  quick_bytes_ += kSlabBytes;
+  if (first != &slab || slab.next != nullptr) drop_slab(slab);
 }
 
 void CachingAllocator::drop_slab(Slab& slab) {
-  Arena& arena = slab.block->range->arena;
-  Slab*& first = arena.partial[slab_class(slab.piece_bytes)];
+  Slab*& first = slab.home->partial[slab_class(slab.piece_bytes)];
   if (slab.prev != nullptr) {
     slab.prev->next = slab.next;
   } else {
@@ -203,8 +233,9 @@ void CachingAllocator::drop_slab(Slab& slab) {
   }
   if (slab.next != nullptr) slab.next->prev = slab.prev;
   Block* block = slab.block;
+  quick_bytes_ -= kSlabBytes;
   slabs_.erase(block->address);
-  arena.give(block);
+  block->range->arena.give(block);
 }
 
 // Which memory -----------------------------------------------------------------------------------
@@ -223,7 +254,8 @@ Scope& CachingAllocator::add_scope(TagId tag) {
   auto scope = std::make_unique<Scope>();
   scope->name = tag == kNoTag ? "(no tag)" : tag_name(tag);
   scope->tag = tag;
-  scope->figures = &StatsPage::of_process().add_tag(device_, scope->name);
+  scope->figures = tag_entry(figures_.index(), scope->name);
+  scope->figures.show();
   if (tag >= by_tag_.size()) by_tag_.resize(tag + 1, nullptr);
   by_tag_[tag] = scope.get();
   scopes_.push_back(std::move(scope));
@@ -236,7 +268,7 @@ Arena& CachingAllocator::arena_for(Scope& scope, Stream stream, SizeKind kind) {
   }
   scope.arenas.push_back(std::make_unique<Arena>(
       Arena::Parts{scope, stream, kind, pool_->driver_ptr(), page_bytes_, range_bytes_, blocks_,
-                   by_address_, idle_pages_, clock_}));
+                   by_address_, idle_pages_, quick_bytes_, clock_}));
   if (scope.pinned()) scope.arenas.back()->set_gives(false);
   return *scope.arenas.back();
 }
@@ -299,14 +331,7 @@ void* CachingAllocator::base(void* address, std::size_t* bytes) {
 
 void CachingAllocator::count_allocation(Scope& scope, SizeKind kind, std::size_t bytes,
                                         std::size_t asked) {
-  const auto size = static_cast<std::int64_t>(bytes);
-  for (StatGroup* group : {&book_.all, &book_.kinds[static_cast<std::size_t>(kind)]}) {
-    group->allocation.add(1);
-    group->active.add(1);
-    group->allocated_bytes.add(size);
-    group->active_bytes.add(size);
-    group->requested_bytes.add(static_cast<std::int64_t>(asked));
-  }
+  requests_.allocated(kind, bytes, asked);
   TagFigures& figures = *scope.figures;
   const std::uint64_t live = figures.live.load(std::memory_order_relaxed) + bytes;
   figures.live.store(live, std::memory_order_relaxed);
@@ -321,11 +346,7 @@ void CachingAllocator::count_allocation(Scope& scope, SizeKind kind, std::size_t
 
 void CachingAllocator::count_free(Scope& scope, SizeKind kind, std::size_t bytes,
                                   std::size_t asked) {
-  for (StatGroup* group : {&book_.all, &book_.kinds[static_cast<std::size_t>(kind)]}) {
-    group->allocation.remove(1);
-    group->allocated_bytes.remove(static_cast<std::int64_t>(bytes));
-    group->requested_bytes.remove(static_cast<std::int64_t>(asked));
-  }
+  requests_.freed(kind, bytes, asked);
   TagFigures& figures = *scope.figures;
   figures.live.store(figures.live.load(std::memory_order_relaxed) - bytes,
                      std::memory_order_relaxed);

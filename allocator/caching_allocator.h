@@ -7,8 +7,11 @@
 // A freed block stays mapped and serves the next request that fits, in the order of its stream.
 // When none fits, any free pages serve any addresses: a window of free addresses is chosen that
 // lacks the fewest pages, and it gets the pool's free ones, then those of free blocks elsewhere.
-// Those are mapped at their new place first. What runs in the order of their stream may use them
-// there at once; the old mapping goes in the background when its work is done.
+// Those are mapped at their new place and stay mapped at the old one, which is their shadow from
+// then on. What runs in the order of their stream may use the new place at once, and nothing waits
+// for an unmapping. When the program asks for the old place again and the page is idle, it serves
+// there without any driver call: what a program does again and again makes none. (The idea of
+// keeping several arrangements of the same pages mapped is GMLake's.)
 //
 // Locks: GIL, then the allocator's, then the pool's. No function here takes the GIL. Who waits for
 // the pool's lock with the allocator's in hand has parked: the holder of the pool's lock may then
@@ -108,24 +111,22 @@ class CachingAllocator final : public Reclaimer {
 
   // Reclaimer.
   std::size_t reclaim(std::size_t pages, Effort effort, DeviceLock& lock) override;
-  std::size_t idle_pages() const noexcept override { return idle_pages_.load(); }
+  std::size_t idle_pages(const DeviceLock& lock) noexcept override;
 
  private:
   struct PendingFree {
     Address address;
     std::vector<std::shared_ptr<Fence>> fences;
   };
-  // Old mappings of pages that serve other addresses.
-  struct Retiring {
-    Block* block;
-    std::shared_ptr<Fence> fence;
-  };
-  // A claimed block whose pages a growing block gets, and the fence behind its last use.
-  struct Loan {
-    Block* block;
-    std::shared_ptr<Fence> fence;
+  // Where a page belongs. It may be mapped at other places, too, where it served before: those are
+  // shadows, and as long as they stay, it serves there again without a driver call.
+  struct Place {
+    Range* range = nullptr;
+    std::size_t index = 0;
+    Address address() const noexcept { return range->base() + index * range->page_bytes; }
   };
   struct Growth;
+  class IdleIndex;
   // Whose idle pages a request may have.
   enum class Reach {
     kDone,          // those whose work is done
@@ -158,6 +159,7 @@ class CachingAllocator final : public Reclaimer {
   Scope& add_scope(TagId tag);
   Arena& arena_for(Scope& scope, Stream stream, SizeKind kind);
   void* allocate_piece(Scope& scope, Stream stream, std::size_t bytes);
+  Block* take_hole(Scope& scope, Arena& arena, std::size_t bytes, std::size_t align);
   Block* allocate_block(Scope& scope, Arena& arena, std::size_t bytes);
   Slab* new_slab(Scope& scope, Arena& arena, std::size_t piece_bytes);
   void free_piece(Slab& slab, Address address, std::size_t bytes);
@@ -173,6 +175,7 @@ class CachingAllocator final : public Reclaimer {
   void finish_free(Address address);
   void poll_pending(bool all, bool wait);
   bool capturing(Stream stream);
+  void mark_freed();
   Scope* graph_scope(GraphPoolId id) noexcept;
   std::vector<Stream> known_streams() const;
   void start_deferred();
@@ -181,12 +184,18 @@ class CachingAllocator final : public Reclaimer {
   Block* grow(Scope& scope, Arena& arena, std::size_t bytes, std::size_t align);
   Block* take_again(Arena& arena, std::size_t bytes, std::size_t align);
   std::size_t allowed_pages(const Scope& scope, bool from_outside) const noexcept;
+  std::size_t room(const Growth& growth, bool from_outside) const noexcept;
+  Window claim_window(Growth& growth, std::size_t align);
+  Block* revive(Growth& growth, const IdleIndex& idle);
   void find_pages(Growth& growth, DeviceLock& pool_lock);
   void take_from_pool(Growth& growth, std::size_t pages, Effort effort, DeviceLock& pool_lock);
   void borrow(Growth& growth, Reach reach);
   bool may_use(Arena& arena, Block* block, Stream stream, Reach reach);
   std::vector<Block*> idle_blocks();
-  void map_claimed(Growth& growth);
+  void map_claimed(Growth& growth, DeviceLock& pool_lock);
+  void map_unmapped(Growth& growth);
+  void unmap_growth(Growth& growth) noexcept;
+  void set_owner(PageId page, Range& range, std::size_t index);
   void commit(Growth& growth);
   void abandon(Growth& growth) noexcept;
   std::string why_not(const Growth& growth) const;
@@ -194,15 +203,15 @@ class CachingAllocator final : public Reclaimer {
                                         const std::string& why);
 
   // retire.cpp: pages that leave their addresses
+  Lock lock_from_pool();
   void flush_all();
-  void retire(Block* block, std::shared_ptr<Fence> fence);
-  void retire_in_background();
-  void retire_done(DeviceLock& lock, bool wait);
-  bool retire_one(DeviceLock& pool_lock, bool wait);
+  void drop_shadows(std::size_t keep_pages, bool wait, DeviceLock& pool_lock);
+  void drop_shadows_in_background();
   void forget_pages(Block* block, const DeviceLock& pool_lock);
   std::size_t give_back(std::size_t pages, bool wait, DeviceLock& pool_lock);
   std::size_t give_block(Block* block, DeviceLock& pool_lock);
   bool settled(Scope& scope, bool wait);
+  bool work_done(const Block& block, bool wait);
   void drop_empty_scopes();
 
   // pause.cpp
@@ -212,6 +221,7 @@ class CachingAllocator final : public Reclaimer {
   void for_each_live(Scope& scope, F visit);
   void save(Scope& scope, void* host, std::size_t bytes);
   void restore(Scope& scope);
+  std::vector<bool> shadow_pages(const Range& range) const;
   void unmap_all(Scope& scope, DeviceLock& lock);
   void map_live(Scope& scope, DeviceLock& pool_lock);
   PageRefs pages_for_resume(Scope& scope, std::span<const Address> homes, DeviceLock& pool_lock);
@@ -220,39 +230,45 @@ class CachingAllocator final : public Reclaimer {
                                                                     F wanted);
 
   // report.cpp
+  template <typename F>
+  void for_each_group(F visit);
   void add_pieces(const Slab& slab, std::vector<BlockInfo>& out) const;
   void count_allocation(Scope& scope, SizeKind kind, std::size_t bytes, std::size_t asked);
   void count_free(Scope& scope, SizeKind kind, std::size_t bytes, std::size_t asked);
-  void count_mapped(Arena& arena, std::ptrdiff_t pages);
+  void count_mapped(Range& range, std::ptrdiff_t pages);
   void check_locked(const DeviceLock& pool_lock);
 
   const std::shared_ptr<PagePool> pool_;
   const std::shared_ptr<Mapper> mapper_;
   const std::size_t page_bytes_;
   const std::size_t range_bytes_;
-  const int device_;
+  // What other processes see, and the place of what it counts there.
+  const StatsEntry<AllocatorFigures> figures_;
 
-  std::mutex mutex_;
+  alignas(64) std::mutex mutex_;
   std::atomic<bool> parked_{false};  // the holder of mutex_ waits for the pool's lock
   bool busy_ = false;                // with the pool's lock: the pool is not to ask us for pages
   bool job_queued_ = false;
   bool lost_ = false;  // a failure could not be undone: mappings are unknown
+  std::uint64_t clock_ = 0;
+  std::atomic<std::size_t> quick_bytes_{0};
 
+  RequestBook requests_;
   BlockStore blocks_;
   std::unordered_map<Address, Block*> by_address_;
   std::unordered_map<Address, std::unique_ptr<Slab>> slabs_;
   std::unordered_map<Address, std::vector<Stream>> users_;
   std::deque<PendingFree> pending_;
   std::vector<Address> deferred_;  // freed during a capture on a stream that uses them
-  std::deque<Retiring> retiring_;
+  std::vector<Place> owner_;       // by page
+  std::size_t shadow_pages_ = 0;   // mapped where they do not belong
   std::vector<Capture> captures_;
   std::vector<std::unique_ptr<Scope>> scopes_;  // by tag, those of graph pools behind
   std::vector<Scope*> by_tag_;
-  std::uint64_t clock_ = 0;
-  std::atomic<std::size_t> idle_pages_{0};
+  std::atomic<std::size_t>& idle_pages_;
   std::size_t owned_pages_ = 0;
   std::size_t limit_pages_ = 0;
-  Figures book_;  // what is counted; the rest is filled in on demand
+  Figures book_;  // what is counted beside them; the rest is filled in on demand
   Recorder recorder_;
 };
 

@@ -3,8 +3,21 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 namespace vattn {
+namespace {
+
+// Of the most that was ever live: so much more is created before idle pages are moved. It lets a
+// program that repeats itself find an arrangement of pages that needs no moves; with none, a
+// recorded training step still moved some in every iteration (bench/allocator.py).
+constexpr std::size_t kHeadroomPercent = 4;
+// And at least so much: in small programs moves would save next to nothing.
+constexpr std::size_t kHeadroomBytes = std::size_t{8} << 20;
+
+constexpr std::size_t kNoBound = ~std::size_t{0};
+
+}  // namespace
 
 DeviceLock CachingAllocator::park_and_lock_pool() {
   parked_.store(true, std::memory_order_release);
@@ -23,19 +36,15 @@ Block* CachingAllocator::grow(Scope& scope, Arena& arena, std::size_t bytes, std
   ++book_.growths;
   flush_all();
   poll_pending(true, false);
-  retire_done(pool_lock, false);
   if (Block* block = take_again(arena, bytes, align)) return block;
   if (bytes / page_bytes_ > pool_->stats_locked(pool_lock).budget_pages) {
     throw_out_of_memory(scope, bytes, pool_lock, "it is more than the whole budget");
   }
-  Growth growth(*pool_, scope, arena);
-  const Window window = arena.best_window(bytes, align);
-  growth.need = window.missing_pages;
-  growth.bytes = bytes;
-  growth.claimed = arena.claim(window);
+  Growth growth(scope, arena, bytes);
+  const Window window = claim_window(growth, align);
   try {
     find_pages(growth, pool_lock);
-    map_claimed(growth);
+    map_claimed(growth, pool_lock);
   } catch (const OutOfPages& error) {
     abandon(growth);
     throw_out_of_memory(scope, bytes, pool_lock, error.what());
@@ -45,15 +54,105 @@ Block* CachingAllocator::grow(Scope& scope, Arena& arena, std::size_t bytes, std
   }
   commit(growth);
   Block* block = arena.merge_claimed(growth.claimed, window.begin, bytes);
-  retire_in_background();
+  drop_shadows_in_background();
   return block;
+}
+
+// Addresses --------------------------------------------------------------------------------------
+
+// The free blocks whose pages a growing block may have without waiting, to be found by address.
+class CachingAllocator::IdleIndex {
+ public:
+  explicit IdleIndex(std::vector<Block*> blocks) : blocks_(std::move(blocks)) {
+    std::sort(blocks_.begin(), blocks_.end(),
+              [](const Block* a, const Block* b) { return a->address < b->address; });
+    for (const Block* block : blocks_) starts_.push_back(block->address);
+  }
+
+  // The free block that holds a page, null if there is none. Blocks may have been cut since.
+  Block* find(const Place& place) const {
+    const Address address = place.address();
+    const auto after = std::upper_bound(starts_.begin(), starts_.end(), address);
+    if (after == starts_.begin()) return nullptr;
+    Block* block = blocks_[static_cast<std::size_t>(after - starts_.begin()) - 1];
+    if (block->range != place.range) return nullptr;
+    while (block != nullptr && block->end() <= address) block = block->next;
+    const bool whole = block != nullptr && block->state == BlockState::kFree &&
+                       block->address <= address &&
+                       address + place.range->page_bytes <= block->end();
+    return whole ? block : nullptr;
+  }
+
+ private:
+  std::vector<Block*> blocks_;
+  std::vector<Address> starts_;
+};
+
+// Chooses a window and claims it, and with it the pages of its shadows.
+Window CachingAllocator::claim_window(Growth& growth, std::size_t align) {
+  Arena& arena = growth.arena;
+  const Reach reach = capturing(arena.stream()) ? Reach::kDone : Reach::kOwnOrder;
+  std::vector<Block*> usable;
+  if (shadow_pages_ > 0 && allowed_pages(growth.scope, false) == kNoBound) {
+    for (Block* block : idle_blocks()) {
+      if (may_use(block->range->arena, block, arena.stream(), reach)) usable.push_back(block);
+    }
+  }
+  const IdleIndex idle(std::move(usable));
+  std::vector<Address> refused;
+  while (true) {
+    const Window window = arena.best_window(growth.bytes, align, [&](const Block* shadow) {
+      if (std::find(refused.begin(), refused.end(), shadow->address) != refused.end()) return false;
+      const std::size_t first = shadow->range->page_index(shadow->address);
+      for (std::size_t i = 0; i < shadow->bytes / page_bytes_; ++i) {
+        if (idle.find(owner_[shadow->range->pages[first + i]]) == nullptr) return false;
+      }
+      return true;
+    });
+    growth.claimed = arena.claim(window);
+    growth.need = window.missing_pages;
+    const Block* missed = revive(growth, idle);
+    if (missed == nullptr) return window;
+    // Two of its shadows are of the same page, or of one that the window has already.
+    refused.push_back(missed->address);
+    abandon(growth);
+    growth.loans.clear();
+  }
+}
+
+// Claims the pages of the claimed shadows where they belong now. The shadow for which that fails,
+// null if none.
+Block* CachingAllocator::revive(Growth& growth, const IdleIndex& idle) {
+  for (Block* shadow : growth.claimed) {
+    if (!shadow->is_shadow) continue;
+    const std::size_t first = shadow->range->page_index(shadow->address);
+    const std::size_t n = shadow->bytes / page_bytes_;
+    for (std::size_t i = 0; i < n;) {
+      const Place place = owner_[shadow->range->pages[first + i]];
+      Block* block = idle.find(place);
+      if (block == nullptr) return shadow;
+      // As many as lie side by side there, too.
+      std::size_t pages = 1;
+      while (i + pages < n) {
+        const Place next = owner_[shadow->range->pages[first + i + pages]];
+        if (next.range != place.range || next.index != place.index + pages) break;
+        if (next.address() + page_bytes_ > block->end()) break;
+        ++pages;
+      }
+      Arena& owner = block->range->arena;
+      const Address begin = place.address();
+      growth.loans.push_back(owner.cut(block, begin, begin + pages * page_bytes_));
+      i += pages;
+    }
+  }
+  return nullptr;
 }
 
 // Pages -----------------------------------------------------------------------------------------
 
 // How many more pages a scope may have: from outside of this allocator, or from other scopes.
 std::size_t CachingAllocator::allowed_pages(const Scope& scope, bool from_outside) const noexcept {
-  std::size_t allowed = ~std::size_t{0};
+  std::size_t allowed = kNoBound;
   if (scope.budget_pages != 0) {
     allowed = scope.budget_pages - std::min(scope.budget_pages, scope.owned_pages);
   }
@@ -63,20 +162,30 @@ std::size_t CachingAllocator::allowed_pages(const Scope& scope, bool from_outsid
   return allowed;
 }
 
+// The same with what a growth has in hand by now.
+std::size_t CachingAllocator::room(const Growth& growth, bool from_outside) const noexcept {
+  const auto less = [](std::size_t pages, std::size_t used) {
+    return pages == kNoBound ? pages : pages - std::min(pages, used);
+  };
+  const std::size_t room = less(allowed_pages(growth.scope, false), growth.from_other_scopes());
+  if (!from_outside || limit_pages_ == 0) return room;
+  return std::min(room, less(limit_pages_, owned_pages_ + growth.from_outside()));
+}
+
 // Pages for all that a growth lacks, from the cheapest source first. Throws OutOfPages.
 void CachingAllocator::find_pages(Growth& growth, DeviceLock& pool_lock) {
   const bool captured = capturing(growth.arena.stream());
   const auto from_pool = [&](std::size_t most, Effort effort) {
-    const std::size_t allowed = allowed_pages(growth.scope, true) - growth.from_outside();
-    take_from_pool(growth, std::min({growth.lacking(), most, allowed}), effort, pool_lock);
+    const std::size_t pages = std::min({growth.lacking(), most, room(growth, true)});
+    take_from_pool(growth, pages, effort, pool_lock);
   };
-  // As long as there is less than the program ever had in use at once, new pages will be needed
-  // anyway. Beyond that, what lies idle serves before anything is created.
+  // As long as there is hardly more than the program ever had in use at once, new pages are made.
+  // Beyond that, what lies idle serves before anything is created.
   const std::size_t peak =
-      std::max(static_cast<std::size_t>(book_.all.allocated_bytes.peak),
-               static_cast<std::size_t>(book_.all.allocated_bytes.current) + growth.bytes) /
-      page_bytes_;
-  const bool young = owned_pages_ + growth.need <= peak;
+      std::max(requests_.peak_live_bytes(), requests_.live_bytes() + growth.bytes) / page_bytes_;
+  const std::size_t headroom =
+      std::max(peak * kHeadroomPercent / 100, kHeadroomBytes / page_bytes_);
+  const bool young = owned_pages_ + growth.need <= peak + headroom;
   from_pool(pool_->stats_locked(pool_lock).free_pages, Effort::kNone);
   if (young) from_pool(growth.lacking(), Effort::kNone);
   borrow(growth, captured ? Reach::kDone : Reach::kOwnOrder);
@@ -140,13 +249,11 @@ void CachingAllocator::borrow(Growth& growth, Reach reach) {
     Arena& arena = block->range->arena;
     std::size_t pages = growth.lacking();
     if (&arena.scope() != &growth.scope) {
-      pages = std::min(pages, allowed_pages(growth.scope, false) - growth.from_other_scopes());
+      pages = std::min(pages, room(growth, false));
     }
     if (pages == 0 || !may_use(arena, block, growth.arena.stream(), reach)) continue;
-    std::shared_ptr<Fence> fence = arena.fence();
-    if (fence == nullptr) continue;
     Block* part = arena.cut_pages(block, pages);
-    growth.loans.push_back({part, std::move(fence)});
+    growth.loans.push_back(part);
     const std::size_t first = part->range->page_index(part->address);
     for (std::size_t i = 0; i < part->bytes / page_bytes_; ++i) {
       growth.pages.push_back(part->range->pages[first + i]);
@@ -156,13 +263,16 @@ void CachingAllocator::borrow(Growth& growth, Reach reach) {
 
 // Whether work that `stream` is given from now on may use a free block's pages.
 bool CachingAllocator::may_use(Arena& arena, Block* block, Stream stream, Reach reach) {
-  if (!settled(arena.scope(), false)) return false;
+  Scope& scope = arena.scope();
+  const bool others = reach == Reach::kOtherStreams;
+  if (!settled(scope, false)) {
+    if (!others || !scope.owed_fences.empty()) return false;
+    for (const auto& fence : scope.fences) fence->order_before(stream);
+  }
   if (reach != Reach::kDone && arena.stream() == stream) return true;
   if (arena.fence_done(block)) return true;
-  if (reach != Reach::kOtherStreams) return false;
-  const std::shared_ptr<Fence> fence = arena.fence();
-  if (fence == nullptr) return false;
-  fence->order_before(stream);
+  if (!others) return false;
+  if (const std::shared_ptr<Fence> fence = arena.fence()) fence->order_before(stream);
   return true;
 }
 
@@ -172,8 +282,10 @@ std::vector<Block*> CachingAllocator::idle_blocks() {
   for (const auto& scope : scopes_) {
     if (scope->paused || scope->pinned()) continue;
     for (const auto& arena : scope->arenas) {
-      if (capturing(arena->stream())) continue;  // a fence there would become part of the graph
+      // A fence in a stream that is captured would become part of the graph.
+      const bool captured = capturing(arena->stream());
       arena->for_each_free([&](Block* block) {
+        if (captured && !arena->known_done(block)) return;
         if (block->range->whole_pages(block->address, block->end()) > 0) idle.push_back(block);
       });
     }
@@ -186,7 +298,19 @@ std::vector<Block*> CachingAllocator::idle_blocks() {
 
 // Mapping ---------------------------------------------------------------------------------------
 
-void CachingAllocator::map_claimed(Growth& growth) {
+void CachingAllocator::map_claimed(Growth& growth, DeviceLock& pool_lock) {
+  try {
+    map_unmapped(growth);
+  } catch (const OutOfMappings&) {
+    // Shadows are mappings that we can do without.
+    if (shadow_pages_ == 0) throw;
+    unmap_growth(growth);
+    drop_shadows(0, false, pool_lock);
+    map_unmapped(growth);
+  }
+}
+
+void CachingAllocator::map_unmapped(Growth& growth) {
   Driver& driver = pool_->driver();
   std::size_t at = 0;
   std::vector<PageHandle> handles;
@@ -212,7 +336,9 @@ void CachingAllocator::commit(Growth& growth) {
       const PageId page = growth.pages[at++];
       range.pages[first + i] = page;
       pool_->add_ref(page);  // of this mapping; what the pool gave on the way goes with `growth`
+      set_owner(page, range, first + i);
     }
+    count_mapped(*block->range, static_cast<std::ptrdiff_t>(n));
     recorder_.note(EventKind::kMap, growth.scope.tag, block->address, block->bytes,
                    growth.arena.stream());
   }
@@ -222,16 +348,31 @@ void CachingAllocator::commit(Growth& growth) {
       pool_->set_content(refs[i], Content::kDirty);
     }
   }
-  count_mapped(growth.arena, static_cast<std::ptrdiff_t>(growth.pages.size()));
-  for (const Loan& loan : growth.loans) {
-    count_mapped(loan.block->range->arena,
-                 -static_cast<std::ptrdiff_t>(loan.block->bytes / page_bytes_));
-    book_.pages_moved += loan.block->bytes / page_bytes_;
-    retire(loan.block, loan.fence);
+  for (Block* block : growth.claimed) {
+    if (!std::exchange(block->is_shadow, false)) continue;
+    const std::size_t first = block->range->page_index(block->address);
+    const std::size_t n = block->bytes / page_bytes_;
+    for (std::size_t i = first; i < first + n; ++i) {
+      set_owner(block->range->pages[i], *block->range, i);
+    }
+    shadow_pages_ -= n;
+    count_mapped(*block->range, static_cast<std::ptrdiff_t>(n));
+  }
+  for (Block* loan : growth.loans) {
+    const std::size_t n = loan->bytes / page_bytes_;
+    count_mapped(*loan->range, -static_cast<std::ptrdiff_t>(n));
+    book_.pages_moved += n;
+    shadow_pages_ += n;
+    loan->range->arena.give_shadow(loan);
   }
 }
 
-void CachingAllocator::abandon(Growth& growth) noexcept {
+void CachingAllocator::set_owner(PageId page, Range& range, std::size_t index) {
+  if (owner_.size() <= page) owner_.resize(pool_->page_slots());
+  owner_[page] = {&range, index};
+}
+
+void CachingAllocator::unmap_growth(Growth& growth) noexcept {
   for (Block* block : growth.mapped) {
     try {
       pool_->driver().unmap(block->address, block->bytes);
@@ -239,9 +380,14 @@ void CachingAllocator::abandon(Growth& growth) noexcept {
       lost_ = true;  // mapped, and we cannot say what
     }
   }
+  growth.mapped.clear();
+}
+
+void CachingAllocator::abandon(Growth& growth) noexcept {
+  unmap_growth(growth);
   if (lost_) return;
   growth.arena.unclaim(growth.claimed);
-  for (const Loan& loan : growth.loans) loan.block->range->arena.unclaim({loan.block});
+  for (Block* loan : growth.loans) loan->range->arena.unclaim({loan});
 }
 
 }  // namespace vattn

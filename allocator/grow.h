@@ -9,16 +9,17 @@ namespace vattn {
 std::string size_text(std::size_t bytes);
 
 struct CachingAllocator::Growth {
-  Growth(PagePool&, Scope& its_scope, Arena& its_arena) : scope(its_scope), arena(its_arena) {}
+  Growth(Scope& its_scope, Arena& its_arena, std::size_t its_bytes)
+      : scope(its_scope), arena(its_arena), bytes(its_bytes) {}
 
   Scope& scope;
   Arena& arena;
-  std::size_t bytes = 0;
+  const std::size_t bytes;
   std::size_t need = 0;           // pages
   std::vector<Block*> claimed;    // the window
   std::vector<PageId> pages;      // for what is unmapped of it, in the order of addresses
   std::vector<PageRefs> outside;  // those of them that the pool gave
-  std::vector<Loan> loans;        // and where the others come from
+  std::vector<Block*> loans;      // claimed: where the others come from, and those of shadows
   std::vector<Block*> mapped;     // those of the claimed blocks that are mapped by now
 
   std::size_t lacking() const noexcept { return need - pages.size(); }
@@ -29,10 +30,8 @@ struct CachingAllocator::Growth {
   }
   std::size_t from_other_scopes() const noexcept {
     std::size_t n = from_outside();
-    for (const Loan& loan : loans) {
-      if (&loan.block->range->arena.scope() != &scope) {
-        n += loan.block->bytes / loan.block->range->page_bytes;
-      }
+    for (const Block* loan : loans) {
+      if (&loan->range->arena.scope() != &scope) n += loan->bytes / loan->range->page_bytes;
     }
     return n;
   }

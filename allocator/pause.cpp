@@ -88,7 +88,9 @@ void CachingAllocator::wait_for_scope(Scope& scope) {
   });
   std::sort(streams.begin(), streams.end());
   streams.erase(std::unique(streams.begin(), streams.end()), streams.end());
-  for (const Stream stream : streams) Fence(pool_->driver_ptr(), stream).wait();
+  for (const Stream stream : streams) {
+    if (const auto fence = fence_in(pool_->driver_ptr(), stream)) fence->wait();
+  }
 }
 
 void CachingAllocator::pause(TagId tag, bool backup, void* host, std::size_t host_bytes) {
@@ -112,7 +114,7 @@ void CachingAllocator::pause(TagId tag, bool backup, void* host, std::size_t hos
   DeviceLock pool_lock = park_and_lock_pool();
   const Busy busy(busy_);
   flush_all();
-  retire_done(pool_lock, true);
+  drop_shadows(0, true, pool_lock);
   for (const auto& arena : scope.arenas) arena->set_gives(false);
   scope.paused = true;
   scope.has_backup = backup;
@@ -134,12 +136,25 @@ void CachingAllocator::save(Scope& scope, void* host, std::size_t bytes) {
   pool_->driver().synchronize(stream.get());
 }
 
+std::vector<bool> CachingAllocator::shadow_pages(const Range& range) const {
+  std::vector<bool> out(range.pages.size());
+  for (const Block* b = range.first; b != nullptr; b = b->next) {
+    if (b->state != BlockState::kShadow) continue;
+    for (std::size_t i = 0; i < b->bytes / page_bytes_; ++i) {
+      out[range.page_index(b->address) + i] = true;
+    }
+  }
+  return out;
+}
+
 // Gives back all pages of a paused scope. A stretch that the driver fails to unmap stays as it is,
 // and counts as mapped: that harms nobody.
 void CachingAllocator::unmap_all(Scope& scope, DeviceLock&) {
   for (const auto& arena : scope.arenas) {
     for (const auto& range : arena->ranges()) {
-      for (const auto& [first, n] : stretches(*range, true, [](std::size_t) { return true; })) {
+      const std::vector<bool> shadow = shadow_pages(*range);
+      const auto own = [&](std::size_t i) { return !shadow[i]; };
+      for (const auto& [first, n] : stretches(*range, true, own)) {
         try {
           pool_->driver().unmap(range->base() + first * page_bytes_, n * page_bytes_);
         } catch (const DriverError& error) {
@@ -151,7 +166,7 @@ void CachingAllocator::unmap_all(Scope& scope, DeviceLock&) {
           pool_->drop_ref(range->pages[i]);
           range->pages[i] = kNoPage;
         }
-        count_mapped(*arena, -static_cast<std::ptrdiff_t>(n));
+        count_mapped(*range, -static_cast<std::ptrdiff_t>(n));
       }
     }
   }
@@ -229,11 +244,12 @@ void CachingAllocator::map_live(Scope& scope, DeviceLock& pool_lock) {
   for (const Piece& piece : pieces) {
     for (std::size_t i = 0; i < piece.pages; ++i, ++at) {
       piece.range->pages[piece.first + i] = refs[at];
+      set_owner(refs[at], *piece.range, piece.first + i);
       pool_->add_ref(refs[at]);
       pool_->add_live(refs[at]);
       pool_->set_content(refs[at], Content::kDirty);
     }
-    count_mapped(piece.range->arena, static_cast<std::ptrdiff_t>(piece.pages));
+    count_mapped(*piece.range, static_cast<std::ptrdiff_t>(piece.pages));
   }
   for_each_live(scope, [](Block* b) { b->backup_offset = kNoBackup; });
   scope.backup.clear();

@@ -15,18 +15,19 @@ std::string size_text(std::size_t bytes) {
   return text;
 }
 
-void CachingAllocator::count_mapped(Arena& arena, std::ptrdiff_t pages) {
+void CachingAllocator::count_mapped(Range& range, std::ptrdiff_t pages) {
+  Arena& arena = range.arena;
   Scope& scope = arena.scope();
   owned_pages_ += static_cast<std::size_t>(pages);
   scope.owned_pages += static_cast<std::size_t>(pages);
   scope.figures->mapped.store(scope.owned_pages * page_bytes_, std::memory_order_relaxed);
   const std::int64_t bytes = pages * static_cast<std::int64_t>(page_bytes_);
+  figures_->mapped.store(owned_pages_ * page_bytes_, std::memory_order_relaxed);
+  range.figures->mapped.store(
+      range.figures->mapped.load(std::memory_order_relaxed) + static_cast<std::uint64_t>(bytes),
+      std::memory_order_relaxed);
   for (StatGroup* group : {&book_.all, &book_.kinds[static_cast<std::size_t>(arena.kind())]}) {
-    if (bytes > 0) {
-      group->reserved_bytes.add(bytes);
-    } else {
-      group->reserved_bytes.remove(-bytes);
-    }
+    group->reserved_bytes.add(bytes);
   }
 }
 
@@ -35,17 +36,17 @@ void CachingAllocator::count_mapped(Arena& arena, std::ptrdiff_t pages) {
 void CachingAllocator::throw_out_of_memory(const Scope& scope, std::size_t bytes,
                                            DeviceLock& pool_lock, const std::string& why) {
   ++book_.ooms;
+  figures_->out_of_memory.fetch_add(1, std::memory_order_relaxed);
   recorder_.note(EventKind::kOutOfMemory, scope.tag, 0, bytes, 0);
   const PoolStats stats = pool_->stats_locked(pool_lock);
   const std::size_t ours = owned_pages_;
   const std::size_t stale = stats.stale_pages;
   const std::size_t others = stats.used_pages - std::min(stats.used_pages, ours + stale);
-  std::string text = "CUDA out of memory. Tried to allocate " + size_text(bytes) + " on " +
-                     pool_->driver().name() +
-                     (scope.tag != kNoTag ? " under the tag '" + scope.name + "'" : "") + ": " +
-                     why + ". The pool has " + size_text(stats.budget_pages * page_bytes_) +
-                     ", of which tensors hold " +
-                     size_text(static_cast<std::size_t>(book_.all.active_bytes.current));
+  std::string text =
+      "CUDA out of memory. Tried to allocate " + size_text(bytes) + " on " +
+      pool_->driver().name() + (scope.tag != kNoTag ? " under the tag '" + scope.name + "'" : "") +
+      ": " + why + ". The pool has " + size_text(stats.budget_pages * page_bytes_) +
+      ", of which tensors hold " + size_text(static_cast<std::size_t>(requests_.active_bytes()));
   std::string tags;
   for (const auto& each : scopes_) {
     const std::uint64_t live = each->figures->live.load(std::memory_order_relaxed);
@@ -55,8 +56,9 @@ void CachingAllocator::throw_out_of_memory(const Scope& scope, std::size_t bytes
   }
   if (!tags.empty()) text += " (" + tags + ")";
   text += ", their mapped memory is " + size_text(ours * page_bytes_) + ", of which " +
-          size_text(idle_pages() * page_bytes_) + " is idle; sequences and prefixes of KV caches" +
-          " hold " + size_text(others * page_bytes_) + ", and " + size_text(stale * page_bytes_) +
+          size_text(idle_pages_.load() * page_bytes_) +
+          " is idle; sequences and prefixes of KV caches" + " hold " +
+          size_text(others * page_bytes_) + ", and " + size_text(stale * page_bytes_) +
           " can be evicted. Free tensors, end sequences, pause a tag, or raise the budget.";
   throw OutOfMemory(text);
 }
@@ -66,9 +68,11 @@ void CachingAllocator::throw_out_of_memory(const Scope& scope, std::size_t bytes
 Figures CachingAllocator::figures() {
   const Lock guard = lock();
   Figures out = book_;
+  requests_.fill(out);
   out.page_bytes = page_bytes_;
   out.limit_bytes = limit_pages_ * page_bytes_;
-  out.idle_bytes = idle_pages() * page_bytes_;
+  out.idle_bytes = idle_pages_.load() * page_bytes_;
+  out.shadow_bytes = shadow_pages_ * page_bytes_;
   out.pending_blocks = pending_.size() + deferred_.size();
   for (const auto& scope : scopes_) {
     for (const auto& arena : scope->arenas) {
@@ -86,17 +90,23 @@ Figures CachingAllocator::figures() {
 
 void CachingAllocator::reset_peaks() {
   const Lock guard = lock();
-  const auto reset = [](Stat& stat) { stat.reset_peak(); };
-  book_.all.for_each(reset);
-  for (StatGroup& group : book_.kinds) group.for_each(reset);
+  requests_.reset_peaks();
+  for_each_group(
+      [](StatGroup& group) { group.reserved_bytes.peak = group.reserved_bytes.current; });
 }
 
 void CachingAllocator::reset_accumulated() {
   const Lock guard = lock();
-  const auto reset = [](Stat& stat) { stat.reset_accumulated(); };
-  book_.all.for_each(reset);
-  for (StatGroup& group : book_.kinds) group.for_each(reset);
+  requests_.reset_accumulated();
+  for_each_group(
+      [](StatGroup& group) { group.reserved_bytes.allocated = group.reserved_bytes.freed = 0; });
   book_.alloc_retries = book_.ooms = 0;
+}
+
+template <typename F>
+void CachingAllocator::for_each_group(F visit) {
+  visit(book_.all);
+  for (StatGroup& group : book_.kinds) visit(group);
 }
 
 void CachingAllocator::set_limit(std::size_t bytes) {
@@ -107,6 +117,7 @@ void CachingAllocator::set_limit(std::size_t bytes) {
   }
   const Lock guard = lock();
   limit_pages_ = bytes / page_bytes_;
+  figures_->limit.store(limit_pages_ * page_bytes_, std::memory_order_relaxed);
 }
 
 void CachingAllocator::record(std::size_t max_events) {
@@ -161,7 +172,7 @@ std::vector<SegmentInfo> CachingAllocator::segments() {
         bool open = false;
         for (const Block* b = range->first; b != nullptr; b = b->next) {
           const bool unmapped =
-              b->state == BlockState::kUnmapped || b->state == BlockState::kRetiring;
+              b->state == BlockState::kUnmapped || b->state == BlockState::kShadow;
           if (unmapped) {
             open = false;
             continue;
@@ -199,7 +210,7 @@ void CachingAllocator::check_locked(const DeviceLock&) {
     if (!holds) throw InvariantError("allocator: " + what);
   };
   std::unordered_map<PageId, std::uint32_t> owners, mappings;
-  std::size_t owned = 0, idle = 0, indexed = 0;
+  std::size_t owned = 0, idle = 0, indexed = 0, shadows = 0;
   std::int64_t active = 0, active_bytes = 0;
   for (const auto& scope : scopes_) {
     std::size_t scope_owned = 0;
@@ -207,13 +218,8 @@ void CachingAllocator::check_locked(const DeviceLock&) {
       arena->check();
       std::size_t live = 0;
       for (const auto& range : arena->ranges()) {
-        std::vector<bool> retiring(range->pages.size());
+        const std::vector<bool> shadow = shadow_pages(*range);
         for (const Block* b = range->first; b != nullptr; b = b->next) {
-          if (b->state == BlockState::kRetiring) {
-            for (std::size_t i = 0; i < b->bytes / page_bytes_; ++i) {
-              retiring[range->page_index(b->address) + i] = true;
-            }
-          }
           const bool used = b->state == BlockState::kLive || b->state == BlockState::kPending;
           indexed += used || b->state == BlockState::kQuick;
           if (b->state == BlockState::kFree && arena->gives()) {
@@ -236,7 +242,12 @@ void CachingAllocator::check_locked(const DeviceLock&) {
           const PageId page = range->pages[i];
           if (page == kNoPage) continue;
           ++mappings[page];
-          if (retiring[i]) continue;
+          if (shadow[i]) {
+            ++shadows;
+            continue;
+          }
+          require(owner_[page].range == range.get() && owner_[page].index == i,
+                  "a page belongs elsewhere than to its block");
           ++owners[page];
           ++scope_owned;
           require(pool_->live(page) == 1,
@@ -258,10 +269,11 @@ void CachingAllocator::check_locked(const DeviceLock&) {
                                         std::to_string(n) + " mappings");
   }
   require(owned == owned_pages_, "pages are miscounted");
+  require(shadows == shadow_pages_, "shadows are miscounted");
   require(idle == idle_pages_.load(), "idle pages are miscounted");
   require(indexed == by_address_.size(), "the index has entries of no block");
-  require(active == book_.all.active.current, "active blocks are miscounted");
-  require(active_bytes == book_.all.active_bytes.current, "active bytes are miscounted");
+  require(active == requests_.active_blocks(), "active blocks are miscounted");
+  require(active_bytes == requests_.active_bytes(), "active bytes are miscounted");
   for (const PendingFree& pending : pending_) {
     require(users_.find(pending.address) == users_.end(), "a pending block has users still");
   }

@@ -18,73 +18,82 @@ void CachingAllocator::flush_all() {
 }
 
 CachingAllocator::~CachingAllocator() {
+  if (!pool_->driver().usable()) return;  // a forked child: nothing of it exists there
   pool_->detach(this);
-  if (!pool_->driver().usable()) return;
   if (mapper_ != nullptr) mapper_->drain();
   DeviceLock pool_lock = pool_->lock();
   busy_ = true;
+  bool all_gone = !lost_;
   // A destructor has nobody to tell of an error: what cannot be unmapped stays until the process
-  // ends, with its pages.
-  for (const Retiring& item : std::exchange(retiring_, {})) {
+  // ends, with its pages and its addresses.
+  const auto attempt = [&](auto step) {
     try {
-      item.fence->wait();
-      pool_->driver().unmap(item.block->address, item.block->bytes);
-      forget_pages(item.block, pool_lock);
+      step();
     } catch (const std::exception&) {
+      all_gone = false;
     }
-  }
+  };
+  attempt([&] { poll_pending(true, true); });
+  attempt([&] { drop_shadows(0, true, pool_lock); });
   for (const auto& scope : scopes_) {
-    try {
-      wait_for_scope(*scope);
-    } catch (const std::exception&) {
+    attempt([&] { settled(*scope, true); });
+    attempt([&] { wait_for_scope(*scope); });
+    if (!lost_) unmap_all(*scope, pool_lock);
+    for (const auto& arena : scope->arenas) all_gone = all_gone && arena->nothing_mapped();
+  }
+  if (all_gone) return;
+  // Their ranges would be released with something mapped in them.
+  for (auto& scope : scopes_) scope.release();  // NOLINT(bugprone-unused-return-value)
+}
+
+// Shadows ---------------------------------------------------------------------------------------
+
+// Whether everything is done that used free addresses, or with `wait` once it is.
+bool CachingAllocator::work_done(const Block& block, bool wait) {
+  Arena& arena = block.range->arena;
+  if (!settled(arena.scope(), wait)) return false;
+  if (arena.fence_done(&block)) return true;
+  if (!wait) return false;
+  if (const std::shared_ptr<Fence> fence = arena.fence()) fence->wait();
+  return true;
+}
+
+// Unmaps shadows whose work is done until at most `keep_pages` are left; with `wait` also those
+// whose work is not.
+void CachingAllocator::drop_shadows(std::size_t keep_pages, bool wait, DeviceLock& pool_lock) {
+  if (shadow_pages_ <= keep_pages) return;
+  for (const auto& scope : scopes_) {
+    for (const auto& arena : scope->arenas) {
+      if (capturing(arena->stream())) continue;  // a fence there would become part of the graph
+      for (Block* block : arena->shadows()) {
+        if (shadow_pages_ <= keep_pages) return;
+        if (!work_done(*block, wait)) continue;
+        pool_->driver().unmap(block->address, block->bytes);
+        shadow_pages_ -= block->bytes / page_bytes_;
+        forget_pages(block, pool_lock);
+        arena->give_unmapped(block);
+      }
     }
-    unmap_all(*scope, pool_lock);
-    scope->figures->device.store(-1, std::memory_order_relaxed);
   }
 }
 
-// Old mappings ----------------------------------------------------------------------------------
-
-void CachingAllocator::retire(Block* block, std::shared_ptr<Fence> fence) {
-  block->state = BlockState::kRetiring;
-  retiring_.push_back({block, std::move(fence)});
-}
-
-// The unmapping is for a thread with time for it. A job that found nothing done is not repeated:
-// the next growth asks again.
-void CachingAllocator::retire_in_background() {
-  if (retiring_.empty() || mapper_ == nullptr || job_queued_) return;
-  job_queued_ = true;
-  mapper_->submit([this] {
-    while (true) {
+// More shadows than this are unmapped by a thread with time for it: they cost the device's page
+// tables something, and a program that needs so many does not repeat itself.
+void CachingAllocator::drop_shadows_in_background() {
+  const std::size_t most = 2 * owned_pages_;
+  if (shadow_pages_ <= most || mapper_ == nullptr || job_queued_) return;
+  try {
+    mapper_->submit([this] {
       const Lock guard = lock();
       job_queued_ = false;
       DeviceLock pool_lock = park_and_lock_pool();
       const Busy busy(busy_);
-      if (!retire_one(pool_lock, false)) return;
-    }
-  });
-}
-
-void CachingAllocator::retire_done(DeviceLock& lock, bool wait) {
-  if (mapper_ != nullptr && !wait) return;
-  while (retire_one(lock, wait)) {
+      drop_shadows(owned_pages_, false, pool_lock);
+    });
+    job_queued_ = true;
+  } catch (const std::exception&) {
+    // The thread has been stopped; whoever needs pages will drop shadows for them.
   }
-}
-
-// Unmaps one block whose work is done; false if there is none.
-bool CachingAllocator::retire_one(DeviceLock& pool_lock, bool wait) {
-  for (std::size_t i = 0; i < retiring_.size(); ++i) {
-    const Retiring item = retiring_[i];
-    if (wait) item.fence->wait();
-    if (!item.fence->done()) continue;
-    pool_->driver().unmap(item.block->address, item.block->bytes);
-    retiring_.erase(retiring_.begin() + static_cast<std::ptrdiff_t>(i));
-    forget_pages(item.block, pool_lock);
-    item.block->range->arena.give_unmapped(item.block);
-    return true;
-  }
-  return false;
 }
 
 // The pages of a block that is not mapped any more.
@@ -105,18 +114,12 @@ void CachingAllocator::forget_pages(Block* block, const DeviceLock&) {
 // the pool. Those whose work is not done are left out, or with `wait` waited for.
 std::size_t CachingAllocator::give_back(std::size_t pages, bool wait, DeviceLock& pool_lock) {
   flush_all();
-  while (retire_one(pool_lock, wait)) {
-  }
+  drop_shadows(0, wait, pool_lock);  // a page is free only where it is mapped nowhere
   std::size_t given = 0;
   for (Block* block : idle_blocks()) {
     if (given >= pages) break;
     Arena& arena = block->range->arena;
-    if (!settled(arena.scope(), wait)) continue;
-    if (!arena.fence_done(block)) {
-      const std::shared_ptr<Fence> fence = wait ? arena.fence() : nullptr;
-      if (fence == nullptr) continue;
-      fence->wait();
-    }
+    if (!work_done(*block, wait)) continue;
     given += give_block(arena.cut_pages(block, pages - given), pool_lock);
   }
   return given;
@@ -136,29 +139,47 @@ std::size_t CachingAllocator::give_block(Block* block, DeviceLock& pool_lock) {
   for (std::size_t i = 0; i < pages; ++i) {
     const PageId page = block->range->pages[first + i];
     pool_->drop_live(page);
-    freed += pool_->refs(page) == 1;  // else an old mapping is still there
+    freed += pool_->refs(page) == 1;  // else a shadow is still there
   }
   forget_pages(block, pool_lock);
-  count_mapped(arena, -static_cast<std::ptrdiff_t>(pages));
+  count_mapped(*block->range, -static_cast<std::ptrdiff_t>(pages));
   arena.give_unmapped(block);
   return freed;
 }
 
-std::size_t CachingAllocator::reclaim(std::size_t pages, Effort effort, DeviceLock& pool_lock) {
-  if (busy_ || lost_) return 0;  // it is this allocator that asks the pool
+// The allocator's lock for one who holds the pool's. If its holder waits for the pool's, at rest,
+// the state is ours until we let that go, and no lock is needed.
+CachingAllocator::Lock CachingAllocator::lock_from_pool() {
   Lock guard(mutex_, std::try_to_lock);
   for (int tries = 0; !guard.owns_lock(); ++tries) {
-    // Its holder waits for the lock that we hold, at rest: until we let it go its state is ours.
     if (parked_.load(std::memory_order_acquire)) break;
     if (tries < 100) {
       std::this_thread::yield();
     } else {
       std::this_thread::sleep_for(std::chrono::microseconds(50));
     }
-    guard = Lock(mutex_, std::try_to_lock);
+    guard.try_lock();
   }
+  return guard;
+}
+
+std::size_t CachingAllocator::reclaim(std::size_t pages, Effort effort, DeviceLock& pool_lock) {
+  if (busy_ || lost_) return 0;  // it is this allocator that asks the pool
+  const Lock guard = lock_from_pool();
   const Busy busy(busy_);
   return give_back(pages, effort == Effort::kWait, pool_lock);
+}
+
+std::size_t CachingAllocator::idle_pages(const DeviceLock&) noexcept {
+  if (!busy_ && !lost_ && quick_bytes_.load(std::memory_order_relaxed) >= page_bytes_) {
+    try {
+      const Lock guard = lock_from_pool();
+      flush_all();
+    } catch (const std::bad_alloc&) {
+      // Then what is not merged does not count.
+    }
+  }
+  return idle_pages_.load();
 }
 
 std::size_t CachingAllocator::trim(std::size_t keep_bytes) {
@@ -179,7 +200,7 @@ void CachingAllocator::settle() {
   const Lock guard = lock();
   DeviceLock pool_lock = park_and_lock_pool();
   const Busy busy(busy_);
-  retire_done(pool_lock, true);
+  drop_shadows(2 * owned_pages_, true, pool_lock);
 }
 
 // Released graph pools --------------------------------------------------------------------------
@@ -189,11 +210,8 @@ void CachingAllocator::settle() {
 bool CachingAllocator::settled(Scope& scope, bool wait) {
   std::erase_if(scope.owed_fences, [&](Stream stream) {
     if (capturing(stream)) return false;
-    try {
-      scope.fences.push_back(std::make_shared<Fence>(pool_->driver_ptr(), stream));
-    } catch (const DriverError& error) {
-      if (error.fatal()) throw;  // a stream that is gone has nothing left to do
-    }
+    if (auto fence = fence_in(pool_->driver_ptr(), stream))
+      scope.fences.push_back(std::move(fence));
     return true;
   });
   std::erase_if(scope.fences, [&](const std::shared_ptr<Fence>& fence) {
@@ -210,7 +228,6 @@ void CachingAllocator::drop_empty_scopes() {
     for (const auto& arena : scope->arenas) {
       if (arena->has_live_blocks() || !arena->all_unmapped()) return false;
     }
-    scope->figures->device.store(-1, std::memory_order_relaxed);
     return true;
   });
 }

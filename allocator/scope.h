@@ -32,7 +32,7 @@ struct Scope {
   bool paused = false;
   std::size_t owned_pages = 0;   // mapped for its blocks, and for its free blocks
   std::size_t budget_pages = 0;  // 0: none
-  TagFigures* figures = nullptr;
+  StatsEntry<TagFigures> figures;
   std::vector<std::unique_ptr<Arena>> arenas;
   // Of a paused scope: its live blocks' bytes, one after the other as the ranges have them.
   std::vector<std::byte> backup;

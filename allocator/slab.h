@@ -16,6 +16,7 @@ inline constexpr std::size_t kSlabClasses = kSlabMaxPiece / kBlockBytes;
 
 struct Slab {
   Block* block = nullptr;
+  Arena* home = nullptr;  // on whose list it is; its block may be another arena's
   std::size_t piece_bytes = 0;
   std::uint64_t free_mask = 0;     // pieces that can be given out
   std::uint64_t pending_mask = 0;  // freed, with streams that have yet to finish

@@ -15,7 +15,7 @@ void CachingAllocator::record_stream(void* address, Stream stream) {
   std::uint64_t bit = 0;
   if (slab != nullptr) {
     const std::uint32_t piece = slab->piece_of(at);
-    if (!slab->is_live(piece)) throw_unknown("record_stream", at);
+    if (slab->at(piece) != at || !slab->is_live(piece)) throw_unknown("record_stream", at);
     bit = std::uint64_t{1} << piece;
     own = slab->block->range->arena.stream();
   } else if (block != nullptr) {
@@ -51,8 +51,16 @@ bool CachingAllocator::begin_pending(Address address) {
     return true;
   }
   PendingFree pending{address, {}};
-  for (const Stream stream : found->second) {
-    pending.fences.push_back(std::make_shared<Fence>(pool_->driver_ptr(), stream));
+  try {
+    for (const Stream stream : found->second) {
+      if (auto fence = fence_in(pool_->driver_ptr(), stream)) {
+        pending.fences.push_back(std::move(fence));
+      }
+    }
+  } catch (const DriverError& error) {
+    // Whoever frees a tensor cannot be told. It is tried again at the next growth.
+    deferred_.push_back(address);
+    return true;
   }
   pending_.push_back(std::move(pending));
   users_.erase(found);
@@ -69,6 +77,7 @@ void CachingAllocator::start_deferred() {
 // Frees those blocks whose streams are done: the oldest ones, or of all those that are. On a
 // request's way only the oldest is asked about, which costs one query.
 void CachingAllocator::poll_pending(bool all, bool wait) {
+  if (all && captures_.empty()) start_deferred();
   const auto is_done = [wait](PendingFree& pending) {
     for (const auto& fence : pending.fences) {
       if (wait) fence->wait();
@@ -96,10 +105,8 @@ void CachingAllocator::finish_free(Address address) {
   Slab* slab = block == nullptr ? slab_at(address) : nullptr;
   Arena& arena = (block != nullptr ? block : slab->block)->range->arena;
   const std::size_t bytes = block != nullptr ? block->bytes : slab->piece_bytes;
-  for (StatGroup* group : {&book_.all, &book_.kinds[static_cast<std::size_t>(arena.kind())]}) {
-    group->active.remove(1);
-    group->active_bytes.remove(static_cast<std::int64_t>(bytes));
-  }
+  const SizeKind kind = slab != nullptr ? SizeKind::kSmall : arena.kind();
+  requests_.completed(kind, bytes);
   arena.count_live(-1);
   if (recorder_.on()) {
     const std::size_t asked =
@@ -132,19 +139,31 @@ void CachingAllocator::begin_graph_pool(GraphPoolId id, std::function<bool(Strea
                                   ") is being allocated to already; end that first");
     }
   }
+  mark_freed();
   Scope* scope = graph_scope(id);
   if (scope == nullptr) {
     auto made = std::make_unique<Scope>();
     made->name = "graph pool " + std::to_string(id.first) + "." + std::to_string(id.second);
     made->graph = id;
     made->is_graph = true;
-    made->figures = &StatsPage::of_process().add_tag(device_, made->name);
+    made->figures = tag_entry(figures_.index(), made->name);
     made->figures->state.store(2, std::memory_order_relaxed);
+    made->figures.show();
     scope = made.get();
     scopes_.push_back(std::move(made));
   }
   ++scope->graph_users;
   captures_.push_back({id, std::move(filter)});
+}
+
+// Fences behind what has been freed, while there may be some: none can be recorded in a stream once
+// it is captured, and then nobody could have what is idle there.
+void CachingAllocator::mark_freed() {
+  for (const auto& scope : scopes_) {
+    for (const auto& arena : scope->arenas) {
+      if (!scope->pinned() && !capturing(arena->stream())) arena->fence();
+    }
+  }
 }
 
 void CachingAllocator::end_graph_pool(GraphPoolId id) {
@@ -169,6 +188,9 @@ void CachingAllocator::release_graph_pool(GraphPoolId id) {
                                 std::to_string(id.second) + ") to release");
   }
   if (--scope->graph_users > 0) return;
+  // PyTorch destroys a graph whose capture failed without ending it.
+  std::erase_if(captures_, [&](const Capture& capture) { return capture.id == id; });
+  if (captures_.empty()) start_deferred();
   scope->owed_fences = known_streams();
   for (const auto& arena : scope->arenas) arena->set_gives(true);
 }

@@ -1,5 +1,6 @@
 #include "bindings.h"
 
+#include "dlpack_export.h"
 #include "errors.h"
 
 namespace py = pybind11;
@@ -16,13 +17,30 @@ void raise_driver_error(py::handle type, const DriverError& error) {
   PyErr_SetObject(type.ptr(), instance.ptr());
 }
 
+void destroy_capsule(PyObject* capsule) {
+  // A consumer renames the capsule and takes over the deleter.
+  if (!PyCapsule_IsValid(capsule, "dltensor")) return;
+  auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+  managed->deleter(managed);
+}
+
 }  // namespace
+
+py::capsule dlpack_capsule(DLManagedTensor* managed) {
+  PyObject* capsule = PyCapsule_New(managed, "dltensor", &destroy_capsule);
+  if (capsule == nullptr) {
+    managed->deleter(managed);
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::capsule>(capsule);
+}
 
 void bind_errors(py::module_& module) {
   // pybind11 tries the translator that was registered last first: derived types come last.
   const auto out_of_pages =
       py::register_exception<OutOfPages>(module, "OutOfPages", PyExc_MemoryError);
   py::register_exception<OutOfSlots>(module, "OutOfSlots", out_of_pages.ptr());
+  py::register_exception<OutOfMemory>(module, "OutOfMemory", out_of_pages.ptr());
   py::register_exception<PagesGone>(module, "PagesGone", PyExc_LookupError);
   py::register_exception<InvariantError>(module, "InvariantError", PyExc_AssertionError);
 
@@ -44,4 +62,7 @@ PYBIND11_MODULE(_core, module) {
   vattn::bind_errors(module);
   vattn::bind_driver(module);
   vattn::bind_cache(module);
+  vattn::bind_range(module);
+  vattn::bind_allocator(module);
+  vattn::bind_torch(module);
 }

@@ -65,24 +65,11 @@ py::array_t<Out> page_array(const SlotSpace& space, std::uint32_t region,
   return out;
 }
 
-void destroy_capsule(PyObject* capsule) {
-  // A consumer renames the capsule and takes over the deleter.
-  if (!PyCapsule_IsValid(capsule, "dltensor")) return;
-  auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
-  managed->deleter(managed);
-}
-
 py::capsule dlpack(const SlotSpace& space, std::uint32_t region, std::size_t offset_bytes,
                    std::vector<std::int64_t> shape, std::vector<std::int64_t> strides,
                    std::uint8_t code, std::uint8_t bits) {
-  DLManagedTensor* managed = make_dlpack(space.regions().at(region).reservation(), offset_bytes,
-                                         std::move(shape), std::move(strides), {code, bits, 1});
-  PyObject* capsule = PyCapsule_New(managed, "dltensor", &destroy_capsule);
-  if (capsule == nullptr) {
-    managed->deleter(managed);
-    throw py::error_already_set();
-  }
-  return py::reinterpret_steal<py::capsule>(capsule);
+  return dlpack_capsule(make_dlpack(space.regions().at(region).reservation(), offset_bytes,
+                                    std::move(shape), std::move(strides), {code, bits, 1}));
 }
 
 std::shared_ptr<Ticket> prepare_async(std::shared_ptr<SlotSpace> space, Mapper& mapper,
@@ -177,14 +164,6 @@ void bind_kept(py::class_<SlotSpace, std::shared_ptr<SlotSpace>>& space) {
           py::arg("first_token") = 0, py::arg("stream") = 0, NoGil());
 }
 
-// Waits for kernels that still use the slots, which other threads may have to help along. The last
-// reference is Python's, or that of a job of the mapper, which has no GIL to release.
-void destroy_space(SlotSpace* space) {
-  std::optional<py::gil_scoped_release> release;
-  if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) release.emplace();
-  delete space;
-}
-
 void bind_space(py::module_& module) {
   py::class_<SlotSpace, std::shared_ptr<SlotSpace>> bound(module, "SlotSpace");
   bind_kept(bound);
@@ -195,7 +174,7 @@ void bind_space(py::module_& module) {
              return std::shared_ptr<SlotSpace>(
                  new SlotSpace(std::move(pool),
                                SpaceOptions{slots, max_tokens, regions, tiles, keep_stale}),
-                 &destroy_space);
+                 &delete_without_gil<SlotSpace>);
            }),
            py::arg("pool"), py::kw_only(), py::arg("regions"), py::arg("slots"),
            py::arg("max_tokens"), py::arg("tiles"), py::arg("keep_stale") = true, NoGil())

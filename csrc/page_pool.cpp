@@ -49,12 +49,15 @@ PagePool::PagePool(std::shared_ptr<Driver> driver, const PoolOptions& options)
       low_pages_(options.low_bytes / page_bytes_),
       high_pages_(options.high_bytes / page_bytes_),
       budget_pages_(checked_budget_pages(options.budget_bytes, page_bytes_)),
-      pages_(1) {
+      pages_(1),
+      figures_(pool_entry(driver_->name(), page_bytes_)) {
   if (options.low_bytes > options.high_bytes) {
     throw std::invalid_argument("the low watermark of " + std::to_string(options.low_bytes) +
                                 " bytes is above the high one of " +
                                 std::to_string(options.high_bytes) + "; give low <= high");
   }
+  figures_->budget.store(budget_pages_ * page_bytes_, std::memory_order_relaxed);
+  figures_.show();
 }
 
 PagePool::~PagePool() {
@@ -74,21 +77,27 @@ std::size_t PagePool::unclaimed() const noexcept {
 }
 
 // Over the budget, pages that are free or stale go back to the device before any is given out.
-std::size_t PagePool::available(const DeviceLock&) const noexcept {
-  const std::size_t live = live_pages();
+std::size_t PagePool::available(const DeviceLock& lock) const noexcept {
+  const std::size_t live = live_pages(lock);
   return budget_pages_ > live ? budget_pages_ - live : 0;
 }
 
 // Without those that are in nobody's use though they are not stale.
-std::size_t PagePool::live_pages() const noexcept {
+std::size_t PagePool::live_pages(const DeviceLock& lock) const noexcept {
   const std::size_t live = created_ - free_.size() - stale_;
   std::size_t idle = 0;
-  for (const Reclaimer* reclaimer : reclaimers_) idle += reclaimer->idle_pages();
+  for (Reclaimer* reclaimer : reclaimers_) idle += reclaimer->idle_pages(lock);
   return live - std::min(live, idle);
 }
 
-void PagePool::throw_out_of_pages(std::size_t wanted, std::size_t reserved) const {
-  const std::size_t live = live_pages();
+// Who does not go all the way has other sources, and asks again.
+void PagePool::count_refusal(Effort most) noexcept {
+  if (most == Effort::kWait) figures_->refused.fetch_add(1, std::memory_order_relaxed);
+}
+
+void PagePool::throw_out_of_pages(std::size_t wanted, std::size_t reserved,
+                                  const DeviceLock& lock) const {
+  const std::size_t live = live_pages(lock);
   const std::size_t most = budget_pages_ - std::min(budget_pages_, live);
   throw OutOfPages(std::to_string(wanted) + " pages of " + std::to_string(page_bytes_) +
                    " bytes are needed, and " + std::to_string(most - std::min(most, reserved)) +
@@ -103,7 +112,10 @@ PageRefs PagePool::acquire(std::span<const Address> homes, DeviceLock& lock, std
   const std::size_t n = homes.size();
   if (n == 0) return refs;
   if (over_budget(lock)) settle(lock);  // what became stale meanwhile goes back before anything new
-  if (available(lock) < n + reserved) throw_out_of_pages(n, reserved);
+  if (available(lock) < n + reserved) {
+    count_refusal(most);
+    throw_out_of_pages(n, reserved, lock);
+  }
   if (free_.size() < n) find_more(homes, lock, most);
   std::vector<PageId> taken(n, kNoPage);
   take_at_home(homes, taken);
@@ -113,6 +125,7 @@ PageRefs PagePool::acquire(std::span<const Address> homes, DeviceLock& lock, std
     ++stale_;  // until somebody declares it live
     refs.adopt(id);
   }
+  publish();
   wake_if_low();
   return refs;
 }
@@ -136,7 +149,8 @@ void PagePool::find_more(std::span<const Address> homes, DeviceLock& lock, Effor
   }
   if (free_.size() < n) reclaim(n - free_.size(), lock, most);
   if (free_.size() >= n) return;
-  if (!device_full) throw_out_of_pages(n, 0);
+  count_refusal(most);
+  if (!device_full) throw_out_of_pages(n, 0, lock);
   throw OutOfPages("the device is out of memory at " + std::to_string(created_) +
                    " pages, below the budget of " + std::to_string(budget_pages_) +
                    "; lower the budget or free device memory");
@@ -162,14 +176,20 @@ void PagePool::drop_ref(PageId id) noexcept {
   if (--page.refs > 0) return;
   --stale_;
   free_.insert(id);
+  publish();
 }
 
 void PagePool::add_live(PageId id) noexcept {
-  if (at(id).live++ == 0) --stale_;
+  if (at(id).live++ > 0) return;
+  --stale_;
+  publish();
 }
 
 void PagePool::drop_live(PageId id) noexcept {
-  if (--at(id).live == 0) ++stale_;
+  if (--at(id).live == 0) {
+    ++stale_;
+    publish();
+  }
   kept_once_changes_ += kept_once(id);
 }
 
@@ -210,6 +230,7 @@ void PagePool::add_pages(std::span<const PageHandle> handles) {
   created_ += handles.size();
   created_total_ += handles.size();
   peak_created_ = std::max(peak_created_, created_);
+  publish();
 }
 
 std::size_t PagePool::destroy_free(std::size_t n) {
@@ -234,6 +255,7 @@ std::size_t PagePool::destroy_free(std::size_t n) {
   }
   created_ -= gone;
   destroyed_total_ += gone;
+  publish();
   if (error) std::rethrow_exception(error);
   return gone;
 }
@@ -259,6 +281,7 @@ void PagePool::set_budget(std::size_t bytes) {
     budget_pages_ = before;
     throw;
   }
+  figures_->budget.store(pages * page_bytes_, std::memory_order_relaxed);
 }
 
 void PagePool::settle(DeviceLock& lock) {
@@ -317,6 +340,16 @@ void PagePool::attach(Reclaimer* reclaimer) {
 void PagePool::detach(Reclaimer* reclaimer) {
   const DeviceLock guard = lock();
   std::erase(reclaimers_, reclaimer);
+}
+
+void PagePool::publish() noexcept {
+  const auto show = [this](Figure& figure, std::size_t pages) {
+    figure.store(pages * page_bytes_, std::memory_order_relaxed);
+  };
+  show(figures_->created, created_);
+  show(figures_->peak_created, peak_created_);
+  show(figures_->free, free_.size());
+  show(figures_->stale, stale_);
 }
 
 PoolStats PagePool::stats() {

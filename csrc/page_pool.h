@@ -14,6 +14,7 @@
 
 #include "driver.h"
 #include "index_set.h"
+#include "stats_page.h"
 
 namespace vattn {
 
@@ -47,8 +48,8 @@ class Reclaimer {
   // Gives back at least `pages` pages if it can and returns how many reached the pool's free list.
   virtual std::size_t reclaim(std::size_t pages, Effort effort, DeviceLock& lock) = 0;
   // Pages that it could give and that the pool takes for live, because it uses them again without
-  // the device lock. Read at any time; the true number may have changed by the next moment.
-  virtual std::size_t idle_pages() const noexcept { return 0; }
+  // the device lock: the number may have changed by the next moment.
+  virtual std::size_t idle_pages(const DeviceLock&) noexcept { return 0; }
 };
 
 // References to pages, given back to the pool on destruction. The device lock must be held then.
@@ -193,6 +194,9 @@ class PagePool {
   void attach(Reclaimer* reclaimer);
   void detach(Reclaimer* reclaimer);
 
+  // What other processes see of it.
+  std::uint32_t figures_index() const noexcept { return figures_.index(); }
+
   PoolStats stats();
   PoolStats stats_locked(const DeviceLock&) const noexcept;
   void check(const DeviceLock&) const;  // throws InvariantError
@@ -210,14 +214,18 @@ class PagePool {
 
   Page& at(PageId id) noexcept { return pages_[id]; }
   void find_more(std::span<const Address> homes, DeviceLock& lock, Effort most);
-  std::size_t live_pages() const noexcept;
+  std::size_t live_pages(const DeviceLock& lock) const noexcept;
   PageId free_at_home(Address home) const;
   void take_at_home(std::span<const Address> homes, std::vector<PageId>& taken);
   void create_pages(std::span<const Address> homes);
   void add_pages(std::span<const PageHandle> handles);
   std::size_t destroy_free(std::size_t n);
   void wake_if_low();
-  [[noreturn]] void throw_out_of_pages(std::size_t wanted, std::size_t reserved) const;
+  // After each change of how many pages exist, are free or are stale.
+  void publish() noexcept;
+  void count_refusal(Effort most) noexcept;
+  [[noreturn]] void throw_out_of_pages(std::size_t wanted, std::size_t reserved,
+                                       const DeviceLock& lock) const;
 
   const std::shared_ptr<Driver> driver_;
   const std::size_t page_bytes_;
@@ -236,6 +244,7 @@ class PagePool {
   IndexSet vacant_;  // ids without a page
   std::vector<Reclaimer*> reclaimers_;
   std::function<void()> wake_;
+  StatsEntry<PoolFigures> figures_;
 };
 
 }  // namespace vattn

@@ -114,4 +114,4 @@ def _collect_if(something_is_left: Callable[[], bool]) -> None:
 
 def _host_mappings() -> int:
     """Mappings of host pages in this process."""
-    return Path("/proc/self/maps").read_text().count("memfd:vattn")
+    return Path("/proc/self/maps").read_text().count("memfd:vattn ")

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHON_LAYERS = (
     {"vattn._core", "vattn.config", "vattn.metrics", "vattn.models", "vattn.request"},
     {"vattn.kv"},
-    {"vattn.attention", "vattn.hf"},
+    {"vattn.attention", "vattn.hf", "vattn.virtual_tensor"},
     {"vattn.engine"},
     {"vattn", "vattn.allocator", "vattn.cli", "vattn.llm", "vattn.server"},
 )
@@ -34,13 +34,13 @@ NO_TORCH = (
 
 # A file of csrc/ may include its own header and those of the layers before its own.
 CSRC_LAYERS = (
-    {"errors", "index_set"},
+    {"errors", "index_set", "row_set", "stats_page"},
     {"driver"},
     {"cuda_api"},
     {"cuda_driver", "host_driver"},
     {"page_pool"},
     {"region"},
-    {"slots", "dlpack_export"},
+    {"slots", "dlpack_export", "virtual_range"},
     {"mapper"},
     {"bindings"},
 )

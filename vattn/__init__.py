@@ -5,7 +5,8 @@ Doors into one memory core; see docs/design.md:
 * :class:`LLM`: many requests at once through a transformers model.
 * :class:`KVCache`: virtual K and V tensors, for people with a kernel or a policy of their own.
 * :class:`VirtualCache`: a transformers cache for ``model.generate(past_key_values=...)``.
-* :class:`PagePool`: the physical memory of a device, which caches can share.
+* :func:`reserve`: a tensor whose rows get memory when they are committed.
+* :class:`PagePool`: the physical memory of a device, which all of these can share.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from vattn.llm import LLM
     from vattn.metrics import EngineStats
     from vattn.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+    from vattn.virtual_tensor import VirtualTensor, reserve
 
 __version__ = "0.1.0"
 
@@ -49,6 +51,8 @@ _HOMES = {
     "Slot": "vattn.kv.slots",
     "SlotMap": "vattn.kv.report",
     "VirtualCache": "vattn.hf.cache",
+    "VirtualTensor": "vattn.virtual_tensor",
+    "reserve": "vattn.virtual_tensor",
 }
 
 __all__ = [
@@ -74,7 +78,9 @@ __all__ = [
     "Slot",
     "SlotMap",
     "VirtualCache",
+    "VirtualTensor",
     "__version__",
+    "reserve",
 ]
 
 

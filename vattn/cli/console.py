@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 # A model's text must not steer the terminal: all control characters but newline and tab.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class CliError(Exception):
@@ -91,7 +91,7 @@ class Page:
         if not stream.isatty():
             return text
         out = []
-        for part in re.findall(r"\n|[^\S\n]+|\S+", _CONTROL.sub("", text)):
+        for part in re.findall(r"\n|[^\S\n]+|\S+", CONTROL.sub("", text)):
             if part == "\n":
                 self._space, self._column = "", 0
                 out.append(part)

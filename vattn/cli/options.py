@@ -15,14 +15,16 @@ def option(*names: str, panel: str, **how: Any) -> Any:
     return typer.Option(*names, rich_help_panel=panel, show_default=False, **how)
 
 
-def _to_int(text: str) -> int:
+def to_int(text: str) -> int:
+    """The parser of whole numbers."""
     try:
         return int(text)
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} is not a whole number") from error
 
 
-def _to_float(text: str) -> float:
+def to_float(text: str) -> float:
+    """The parser of numbers."""
     try:
         return float(text)
     except ValueError as error:
@@ -31,12 +33,12 @@ def _to_float(text: str) -> float:
 
 def whole(*names: str, panel: str, **how: Any) -> Any:
     """An option that is a whole number."""
-    return option(*names, panel=panel, parser=_to_int, metavar="N", **how)
+    return option(*names, panel=panel, parser=to_int, metavar="N", **how)
 
 
 def number(*names: str, panel: str, **how: Any) -> Any:
     """An option that is a number."""
-    return option(*names, panel=panel, parser=_to_float, metavar="X", **how)
+    return option(*names, panel=panel, parser=to_float, metavar="X", **how)
 
 
 def positive(name: str, value: int | None) -> int | None:

@@ -1,0 +1,1 @@
+"""Traces of allocations recorded from real runs, and the programs that they are recorded from."""
