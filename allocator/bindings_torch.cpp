@@ -75,6 +75,7 @@ void bind_torch(py::module_& module) {
         Registry::of_process().install(device, std::move(allocator));
       },
       py::arg("device"), py::arg("allocator"), NoGil());
+  module.def("set_segment_tag", &set_segment_tag, py::arg("device"), py::arg("tag"));
   module.def("torch_entry_points", &entry_points);
   module.def("torch_entry_errors", &entry_errors);
   module.def("find_torch_errors", &find_torch_errors, py::arg("libraries"));

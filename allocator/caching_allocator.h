@@ -209,7 +209,9 @@ class CachingAllocator final : public Reclaimer {
   void drop_shadows_in_background();
   void forget_pages(Block* block, const DeviceLock& pool_lock);
   std::size_t give_back(std::size_t pages, bool wait, DeviceLock& pool_lock);
+  std::size_t give_pages_of(Block* block, std::size_t most, DeviceLock& pool_lock);
   std::size_t give_block(Block* block, DeviceLock& pool_lock);
+  void leave_home(PageId page);
   bool settled(Scope& scope, bool wait);
   bool work_done(const Block& block, bool wait);
   void drop_empty_scopes();

@@ -71,6 +71,7 @@ class CachingAllocator::IdleIndex {
 
   // The free block that holds a page, null if there is none. Blocks may have been cut since.
   Block* find(const Place& place) const {
+    if (place.range == nullptr) return nullptr;  // it is nobody's but its shadows'
     const Address address = place.address();
     const auto after = std::upper_bound(starts_.begin(), starts_.end(), address);
     if (after == starts_.begin()) return nullptr;

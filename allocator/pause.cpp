@@ -162,7 +162,7 @@ void CachingAllocator::unmap_all(Scope& scope, DeviceLock&) {
           continue;
         }
         for (std::size_t i = first; i < first + n; ++i) {
-          pool_->drop_live(range->pages[i]);
+          leave_home(range->pages[i]);
           pool_->drop_ref(range->pages[i]);
           range->pages[i] = kNoPage;
         }

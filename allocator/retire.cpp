@@ -96,6 +96,12 @@ void CachingAllocator::drop_shadows_in_background() {
   }
 }
 
+// A page that belongs to no address any more.
+void CachingAllocator::leave_home(PageId page) {
+  owner_[page] = {};
+  pool_->drop_live(page);
+}
+
 // The pages of a block that is not mapped any more.
 void CachingAllocator::forget_pages(Block* block, const DeviceLock&) {
   Range& range = *block->range;
@@ -115,12 +121,41 @@ void CachingAllocator::forget_pages(Block* block, const DeviceLock&) {
 std::size_t CachingAllocator::give_back(std::size_t pages, bool wait, DeviceLock& pool_lock) {
   flush_all();
   drop_shadows(0, wait, pool_lock);  // a page is free only where it is mapped nowhere
+  for (const auto& scope : scopes_) {
+    // What the driver failed to unmap when it was paused.
+    if (scope->paused && scope->owned_pages > 0) unmap_all(*scope, pool_lock);
+  }
   std::size_t given = 0;
   for (Block* block : idle_blocks()) {
     if (given >= pages) break;
-    Arena& arena = block->range->arena;
     if (!work_done(*block, wait)) continue;
-    given += give_block(arena.cut_pages(block, pages - given), pool_lock);
+    given += give_pages_of(block, pages - given, pool_lock);
+  }
+  return given;
+}
+
+// Those whole pages of a free block that have no shadow: others would not be free without it.
+std::size_t CachingAllocator::give_pages_of(Block* block, std::size_t most, DeviceLock& pool_lock) {
+  const Range& range = *block->range;
+  const std::size_t first = range.page_index(range.page_ceil(block->address));
+  std::size_t end = first + range.whole_pages(block->address, block->end());
+  std::size_t given = 0;
+  while (end > first && given < most) {
+    std::size_t begin = end;
+    while (begin > first && end - begin < most - given &&
+           pool_->refs(range.pages[begin - 1]) == 1) {
+      --begin;
+    }
+    if (begin == end) {
+      --end;
+      continue;
+    }
+    const Address from = range.base() + begin * page_bytes_;
+    const bool all = from == block->address;
+    Block* part = range.arena.cut(block, from, range.base() + end * page_bytes_);
+    given += give_block(part, pool_lock);
+    if (all) break;
+    end = begin;
   }
   return given;
 }
@@ -135,16 +170,11 @@ std::size_t CachingAllocator::give_block(Block* block, DeviceLock& pool_lock) {
   }
   const std::size_t pages = block->bytes / page_bytes_;
   const std::size_t first = block->range->page_index(block->address);
-  std::size_t freed = 0;
-  for (std::size_t i = 0; i < pages; ++i) {
-    const PageId page = block->range->pages[first + i];
-    pool_->drop_live(page);
-    freed += pool_->refs(page) == 1;  // else a shadow is still there
-  }
+  for (std::size_t i = first; i < first + pages; ++i) leave_home(block->range->pages[i]);
   forget_pages(block, pool_lock);
   count_mapped(*block->range, -static_cast<std::ptrdiff_t>(pages));
   arena.give_unmapped(block);
-  return freed;
+  return pages;
 }
 
 // The allocator's lock for one who holds the pool's. If its holder waits for the pool's, at rest,

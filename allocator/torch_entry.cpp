@@ -50,6 +50,20 @@ auto with_torch_errors(Work work) {
   throw_torch_error(message);
 }
 
+thread_local std::array<TagId, Registry::kMaxDevices> segment_tags{};
+
+// What this thread allocates while it lives has a tag.
+class UnderTag {
+ public:
+  explicit UnderTag(TagId tag) : before_(set_current_tag(tag)) {}
+  ~UnderTag() { set_current_tag(before_); }
+  UnderTag(const UnderTag&) = delete;
+  UnderTag& operator=(const UnderTag&) = delete;
+
+ private:
+  const TagId before_;
+};
+
 Stream number(TorchStream stream) { return reinterpret_cast<Stream>(stream); }
 
 void set_fraction(double fraction, int device) {
@@ -98,6 +112,13 @@ void free_quietly(void* address, std::size_t bytes, int device) {
 
 }  // namespace
 
+TagId set_segment_tag(int device, TagId tag) {
+  if (device < 0 || device >= Registry::kMaxDevices) {
+    throw std::invalid_argument("device=" + std::to_string(device) + " is not a device");
+  }
+  return std::exchange(segment_tags[static_cast<std::size_t>(device)], tag);
+}
+
 const char* bad_free_name(BadFree kind) noexcept {
   static constexpr const char* kNames[kBadFrees] = {"unknown", "wrong_size", "wrong_device",
                                                     "failed"};
@@ -122,8 +143,10 @@ void* vattn_torch_alloc(std::size_t bytes, int device, vattn::TorchStream stream
 
 void* vattn_torch_try_alloc(std::size_t bytes, int device, vattn::TorchStream stream) {
   return with_torch_errors([&]() -> void* {
+    vattn::CachingAllocator& allocator = Registry::of_process().get(device);
+    const vattn::UnderTag tag(vattn::segment_tags[static_cast<std::size_t>(device)]);
     try {
-      return Registry::of_process().get(device).allocate(bytes, vattn::number(stream));
+      return allocator.allocate(bytes, vattn::number(stream));
     } catch (const vattn::OutOfPages&) {
       return nullptr;
     }

@@ -32,6 +32,10 @@ enum class BadFree : std::uint8_t {
   kCount
 };
 inline constexpr std::size_t kBadFrees = static_cast<std::size_t>(BadFree::kCount);
+// The tag of the segments that torch.cuda.MemPool asks of `device` on this thread from now on,
+// which has pools of several devices open at a time. Returns the one before.
+TagId set_segment_tag(int device, TagId tag);
+
 const char* bad_free_name(BadFree kind) noexcept;
 std::array<std::uint64_t, kBadFrees> bad_frees() noexcept;
 
