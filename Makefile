@@ -22,7 +22,7 @@ STAMP_DEV := $(VENV)/.stamp-dev
 CONFIGURE = $(CMAKE) -S . -G Ninja -DVATTN_BUILD_TESTS=ON \
 	-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 
-.PHONY: help demo test dev lint format fake stress test-sanitize soak gpu-check bench report clean
+.PHONY: help demo test dev lint format fake stress stress-allocator test-sanitize soak gpu-check bench report clean
 .DELETE_ON_ERROR:
 
 help:
@@ -31,7 +31,8 @@ help:
 	@echo "make dev            .venv with every extra but cuda and flash, and the fake CUDA driver"
 	@echo "make lint           ruff, mypy, clang-format; make format rewrites the files"
 	@echo "make fake           the fake CUDA driver, $(FAKE), and the program that replays allocations"
-	@echo "make test-sanitize  the C++ stress test under TSan and under ASan+UBSan (also: make stress)"
+	@echo "make test-sanitize  the C++ stress tests under TSan and under ASan+UBSan (also: make stress)"
+	@echo "make stress-allocator  a million random operations of the allocator, in the plain build"
 	@echo "make soak           10,000 random requests with faults, cancellations and moving budgets"
 	@echo "make gpu-check      what a GPU can show in nine minutes; needs no network"
 	@echo "make bench          the benchmarks, tables and results/*.json"
@@ -67,6 +68,10 @@ stress: test-sanitize
 
 test-sanitize: run-tsan run-asan
 
+stress-allocator: fake
+	$(CMAKE) --build build/fake_cuda -j $(JOBS) --target vattn_allocator_stress
+	build/fake_cuda/tests/stress/vattn_allocator_stress
+
 soak: fake
 	$(BIN)/python -m tests.soak
 
@@ -78,6 +83,7 @@ run-asan: export ASAN_OPTIONS := detect_leaks=1:strict_string_checks=1:$(ASAN_OP
 run-asan: export UBSAN_OPTIONS := halt_on_error=1:print_stacktrace=1:$(UBSAN_OPTIONS)
 run-tsan run-asan: run-%: build-%
 	$(if $(filter tsan,$*),$(FIXED_ADDRESSES)) build/$*/bin/vattn_stress
+	$(if $(filter tsan,$*),$(FIXED_ADDRESSES)) build/$*/bin/vattn_allocator_stress
 
 .PHONY: run-tsan run-asan build-tsan build-asan
 build-tsan: SANITIZER := thread

@@ -205,14 +205,6 @@ bool Arena::nothing_mapped() const noexcept {
   return true;
 }
 
-bool Arena::all_unmapped() const noexcept {
-  for (const auto& range : ranges_) {
-    const Block* block = range->first;
-    if (block->state != BlockState::kUnmapped || block->next != nullptr) return false;
-  }
-  return true;
-}
-
 void Arena::set_gives(bool gives) {
   if (gives == gives_) return;
   std::size_t idle = 0;
@@ -227,9 +219,20 @@ void Arena::set_gives(bool gives) {
 
 // Windows ---------------------------------------------------------------------------------------
 
+// A range with room for everything, or for what is asked for where addresses are scarce.
+std::unique_ptr<Range> Arena::reserve_range(std::size_t bytes) {
+  const std::size_t wanted = std::max(range_bytes_, bytes);
+  try {
+    return std::make_unique<Range>(*this, driver_, wanted, page_bytes_);
+  } catch (const OutOfPages&) {
+    if (wanted == bytes) throw;
+    return std::make_unique<Range>(*this, driver_, bytes, page_bytes_);
+  }
+}
+
 void Arena::add_range(std::size_t bytes) {
-  const std::size_t size = std::max(range_bytes_, round_up(bytes, page_bytes_));
-  auto range = std::make_unique<Range>(*this, driver_, size, page_bytes_);
+  auto range = reserve_range(round_up(bytes, page_bytes_));
+  const std::size_t size = range->reservation.bytes();
   Block* block = blocks_.make();
   block->address = range->base();
   block->bytes = size;
@@ -420,6 +423,11 @@ std::shared_ptr<Fence> Arena::fence() {
   fence_ = fence_in(driver_, stream_);
   fence_clock_ = clock_;
   return fence_;
+}
+
+bool Arena::all_done() {
+  const std::shared_ptr<Fence> now = fence();
+  return now == nullptr || now->done();
 }
 
 bool Arena::known_done(const Block* block) {

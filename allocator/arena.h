@@ -107,7 +107,6 @@ class Arena {
   void for_each_free(F visit) const {
     for (Block* block : free_) visit(block);
   }
-  bool all_unmapped() const noexcept;  // and in one block
   bool nothing_mapped() const noexcept;
   bool has_live_blocks() const noexcept { return live_blocks_ != 0; }
   void count_live(std::ptrdiff_t change) noexcept {
@@ -120,6 +119,7 @@ class Arena {
   // A fence behind everything that was freed here until now; null if the stream is gone.
   std::shared_ptr<Fence> fence();
   bool fence_done(const Block* block);
+  bool all_done();                      // of what was freed here
   bool known_done(const Block* block);  // by a fence that there is already
 
   // Small pieces.
@@ -154,6 +154,7 @@ class Arena {
   void take_out(Block* block);
   void put_in(Block* block, BlockState state);
   std::size_t idle_pages_of(const Block* block) const noexcept;
+  std::unique_ptr<Range> reserve_range(std::size_t bytes);
   void add_range(std::size_t bytes);
   void consider(Block* start, std::size_t bytes, std::size_t align, const Revivable& revivable,
                 Window& best) const;

@@ -118,7 +118,7 @@ void CachingAllocator::free(void* address, std::size_t bytes) {
     if (slab != nullptr) return free_piece(*slab, at, bytes);
   }
   Block* block = block_at(at);
-  if (block == nullptr) throw_unknown("free", at);
+  if (block == nullptr) throw_bad_free(at);
   free_block(block, bytes);
 }
 
@@ -178,7 +178,7 @@ Slab* CachingAllocator::new_slab(Scope& scope, Arena& arena, std::size_t piece_b
   slab->piece_bytes = piece_bytes;
   slab->free_mask = slab->all_mask();
   quick_bytes_ += kSlabBytes;
-  arena.partial[slab_class(piece_bytes)] = slab.get();
+  link(*slab);
   return slabs_.emplace(block->address, std::move(slab)).first->second.get();
 }
 
@@ -186,7 +186,7 @@ void CachingAllocator::free_piece(Slab& slab, Address address, std::size_t bytes
   const std::uint32_t piece = slab.piece_of(address);
   const std::uint64_t bit = std::uint64_t{1} << piece;
   const bool first_byte = (address - slab.block->address) % slab.piece_bytes == 0;
-  if (!first_byte || !slab.is_live(piece)) throw_unknown("free", address);
+  if (!first_byte || !slab.is_live(piece)) throw_bad_free(address);
   const std::size_t asked = slab.asked_bytes[piece];
   if (bytes != kUnknownBytes && bytes != asked) {
     ++book_.bad_frees;
@@ -213,15 +213,19 @@ void CachingAllocator::give_piece(Slab& slab, std::uint32_t piece) {
   slab.free_mask |= bit;
   slab.pending_mask &= ~bit;
   slab.users_mask &= ~bit;
-  if (was_full) {
-    slab.prev = nullptr;
-    slab.next = first;
-    if (first != nullptr) first->prev = &slab;
-    first = &slab;
-  }
+  if (was_full) link(slab);
   if (!slab.empty()) return;
   quick_bytes_ += kSlabBytes;
   if (first != &slab || slab.next != nullptr) drop_slab(slab);
+}
+
+// To the front of those with free pieces.
+void CachingAllocator::link(Slab& slab) noexcept {
+  Slab*& first = slab.home->partial[slab_class(slab.piece_bytes)];
+  slab.prev = nullptr;
+  slab.next = first;
+  if (first != nullptr) first->prev = &slab;
+  first = &slab;
 }
 
 void CachingAllocator::drop_slab(Slab& slab) {
@@ -294,8 +298,12 @@ bool CachingAllocator::owns(const void* address) {
          slab->is_live(slab->piece_of(at));
 }
 
-void CachingAllocator::throw_unknown(const char* what, Address address) {
+void CachingAllocator::throw_bad_free(Address address) {
   ++book_.bad_frees;
+  throw_unknown("free", address);
+}
+
+void CachingAllocator::throw_unknown(const char* what, Address address) {
   throw std::invalid_argument(std::string(what) + " of " + address_text(address) +
                               ", which is not a live block of " + pool_->driver().name() +
                               ": freed before, or never allocated here");

@@ -165,9 +165,11 @@ class CachingAllocator final : public Reclaimer {
   void free_piece(Slab& slab, Address address, std::size_t bytes);
   void free_block(Block* block, std::size_t bytes);
   void give_piece(Slab& slab, std::uint32_t piece);
+  void link(Slab& slab) noexcept;
   void drop_slab(Slab& slab);
   Slab* slab_at(Address address) noexcept;
   Block* block_at(Address address) noexcept;
+  [[noreturn]] void throw_bad_free(Address address);
   [[noreturn]] void throw_unknown(const char* what, Address address);
 
   // streams.cpp: blocks that several streams use
@@ -175,6 +177,7 @@ class CachingAllocator final : public Reclaimer {
   void finish_free(Address address);
   void poll_pending(bool all, bool wait);
   bool capturing(Stream stream);
+  void drop_released();
   void mark_freed();
   Scope* graph_scope(GraphPoolId id) noexcept;
   std::vector<Stream> known_streams() const;
@@ -214,7 +217,8 @@ class CachingAllocator final : public Reclaimer {
   void leave_home(PageId page);
   bool settled(Scope& scope, bool wait);
   bool work_done(const Block& block, bool wait);
-  void drop_empty_scopes();
+  void drop_released_scopes(DeviceLock& pool_lock);
+  void unmap_paused(DeviceLock& pool_lock);
 
   // pause.cpp
   Scope& tag_scope(TagId tag, const char* what);
@@ -223,6 +227,8 @@ class CachingAllocator final : public Reclaimer {
   void for_each_live(Scope& scope, F visit);
   void save(Scope& scope, void* host, std::size_t bytes);
   void restore(Scope& scope);
+  template <typename F>
+  void copy_all(Scope& scope, F copy);
   std::vector<bool> shadow_pages(const Range& range) const;
   void unmap_all(Scope& scope, DeviceLock& lock);
   void map_live(Scope& scope, DeviceLock& pool_lock);

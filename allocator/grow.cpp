@@ -36,6 +36,7 @@ Block* CachingAllocator::grow(Scope& scope, Arena& arena, std::size_t bytes, std
   ++book_.growths;
   flush_all();
   poll_pending(true, false);
+  drop_released_scopes(pool_lock);
   if (Block* block = take_again(arena, bytes, align)) return block;
   if (bytes / page_bytes_ > pool_->stats_locked(pool_lock).budget_pages) {
     throw_out_of_memory(scope, bytes, pool_lock, "it is more than the whole budget");
@@ -387,6 +388,8 @@ void CachingAllocator::unmap_growth(Growth& growth) noexcept {
 void CachingAllocator::abandon(Growth& growth) noexcept {
   unmap_growth(growth);
   if (lost_) return;
+  growth.outside.clear();
+  growth.pages.clear();
   growth.arena.unclaim(growth.claimed);
   for (Block* loan : growth.loans) loan->range->arena.unclaim({loan});
 }

@@ -110,7 +110,14 @@ void CachingAllocator::pause(TagId tag, bool backup, void* host, std::size_t hos
                                 std::to_string(bytes));
   }
   wait_for_scope(scope);
-  if (backup) save(scope, host, bytes);
+  if (backup) {
+    try {
+      save(scope, host, bytes);
+    } catch (...) {
+      scope.backup = {};
+      throw;
+    }
+  }
   DeviceLock pool_lock = park_and_lock_pool();
   const Busy busy(busy_);
   flush_all();
@@ -123,17 +130,33 @@ void CachingAllocator::pause(TagId tag, bool backup, void* host, std::size_t hos
   unmap_all(scope, pool_lock);
 }
 
+// Runs copies of all live blocks on a stream of their own, and waits for them, also when one fails:
+// their memory is about to go.
+template <typename F>
+void CachingAllocator::copy_all(Scope& scope, F copy) {
+  const CopyStream stream(pool_->driver());
+  try {
+    for_each_live(scope, [&](Block* block) { copy(block, stream.get()); });
+    pool_->driver().synchronize(stream.get());
+  } catch (const std::exception&) {
+    try {
+      Fence(pool_->driver_ptr(), stream.get()).wait();
+    } catch (const std::exception&) {
+      lost_ = true;  // nobody can tell when they are done
+    }
+    throw;
+  }
+}
+
 void CachingAllocator::save(Scope& scope, void* host, std::size_t bytes) {
   if (host == nullptr) scope.backup.resize(bytes);
   scope.backup_at = host != nullptr ? static_cast<std::byte*>(host) : scope.backup.data();
-  const CopyStream stream(pool_->driver());
   std::byte* at = scope.backup_at;
-  for_each_live(scope, [&](Block* b) {
-    b->backup_offset = static_cast<std::size_t>(at - scope.backup_at);
-    pool_->driver().copy_to_host(at, b->address, b->bytes, stream.get());
-    at += b->bytes;
+  copy_all(scope, [&](Block* block, Stream stream) {
+    block->backup_offset = static_cast<std::size_t>(at - scope.backup_at);
+    pool_->driver().copy_to_host(at, block->address, block->bytes, stream);
+    at += block->bytes;
   });
-  pool_->driver().synchronize(stream.get());
 }
 
 std::vector<bool> CachingAllocator::shadow_pages(const Range& range) const {
@@ -279,13 +302,11 @@ PageRefs CachingAllocator::pages_for_resume(Scope& scope, std::span<const Addres
 }
 
 void CachingAllocator::restore(Scope& scope) {
-  const CopyStream stream(pool_->driver());
-  for_each_live(scope, [&](Block* b) {
-    if (b->backup_offset == kNoBackup) return;
-    pool_->driver().copy_from_host(b->address, scope.backup_at + b->backup_offset, b->bytes,
-                                   stream.get());
+  copy_all(scope, [&](Block* block, Stream stream) {
+    if (block->backup_offset == kNoBackup) return;
+    pool_->driver().copy_from_host(block->address, scope.backup_at + block->backup_offset,
+                                   block->bytes, stream);
   });
-  pool_->driver().synchronize(stream.get());
 }
 
 }  // namespace vattn

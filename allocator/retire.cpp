@@ -10,7 +10,11 @@ void CachingAllocator::flush_all() {
   for (const auto& scope : scopes_) {
     for (const auto& arena : scope->arenas) {
       for (Slab* slab : arena->partial) {
-        if (slab != nullptr && slab->empty()) drop_slab(*slab);
+        while (slab != nullptr) {
+          Slab* next = slab->next;
+          if (slab->empty()) drop_slab(*slab);
+          slab = next;
+        }
       }
       arena->flush();
     }
@@ -121,10 +125,6 @@ void CachingAllocator::forget_pages(Block* block, const DeviceLock&) {
 std::size_t CachingAllocator::give_back(std::size_t pages, bool wait, DeviceLock& pool_lock) {
   flush_all();
   drop_shadows(0, wait, pool_lock);  // a page is free only where it is mapped nowhere
-  for (const auto& scope : scopes_) {
-    // What the driver failed to unmap when it was paused.
-    if (scope->paused && scope->owned_pages > 0) unmap_all(*scope, pool_lock);
-  }
   std::size_t given = 0;
   for (Block* block : idle_blocks()) {
     if (given >= pages) break;
@@ -197,6 +197,7 @@ std::size_t CachingAllocator::reclaim(std::size_t pages, Effort effort, DeviceLo
   if (busy_ || lost_) return 0;  // it is this allocator that asks the pool
   const Lock guard = lock_from_pool();
   const Busy busy(busy_);
+  unmap_paused(pool_lock);
   return give_back(pages, effort == Effort::kWait, pool_lock);
 }
 
@@ -218,9 +219,10 @@ std::size_t CachingAllocator::trim(std::size_t keep_bytes) {
   const Busy busy(busy_);
   poll_pending(true, true);
   flush_all();
+  unmap_paused(pool_lock);
   const std::size_t keep = keep_bytes / page_bytes_, idle = idle_pages_.load();
   give_back(idle > keep ? idle - keep : 0, true, pool_lock);
-  drop_empty_scopes();
+  drop_released_scopes(pool_lock);
   const std::size_t kept = idle_pages_.load() * page_bytes_;
   return pool_->trim(keep_bytes > kept ? keep_bytes - kept : 0, pool_lock);
 }
@@ -251,15 +253,29 @@ bool CachingAllocator::settled(Scope& scope, bool wait) {
   return scope.owed_fences.empty() && scope.fences.empty();
 }
 
-// Scopes of released graph pools that hold nothing any more go, with their addresses.
-void CachingAllocator::drop_empty_scopes() {
+// Released graph pools in which nothing lives go, with their addresses, once their replays are
+// done.
+void CachingAllocator::drop_released_scopes(DeviceLock& pool_lock) {
+  flush_all();  // their free blocks are known to nobody but them then
   std::erase_if(scopes_, [&](const std::unique_ptr<Scope>& scope) {
-    if (!scope->is_graph || scope->graph_users > 0 || scope->owned_pages > 0) return false;
+    if (!scope->is_graph || scope->graph_users > 0 || !settled(*scope, false)) return false;
     for (const auto& arena : scope->arenas) {
-      if (arena->has_live_blocks() || !arena->all_unmapped()) return false;
+      if (arena->has_live_blocks() || !arena->shadows().empty()) return false;
+      if (!arena->all_done()) return false;
+    }
+    unmap_all(*scope, pool_lock);
+    for (const auto& arena : scope->arenas) {
+      if (!arena->nothing_mapped()) return false;
     }
     return true;
   });
+}
+
+// What the driver failed to unmap when its tag was paused.
+void CachingAllocator::unmap_paused(DeviceLock& pool_lock) {
+  for (const auto& scope : scopes_) {
+    if (scope->paused && scope->owned_pages > 0) unmap_all(*scope, pool_lock);
+  }
 }
 
 }  // namespace vattn

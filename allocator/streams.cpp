@@ -139,6 +139,7 @@ void CachingAllocator::begin_graph_pool(GraphPoolId id, std::function<bool(Strea
                                   ") is being allocated to already; end that first");
     }
   }
+  drop_released();
   mark_freed();
   Scope* scope = graph_scope(id);
   if (scope == nullptr) {
@@ -156,12 +157,27 @@ void CachingAllocator::begin_graph_pool(GraphPoolId id, std::function<bool(Strea
   captures_.push_back({id, std::move(filter)});
 }
 
+void CachingAllocator::drop_released() {
+  const bool any = std::any_of(scopes_.begin(), scopes_.end(), [](const auto& scope) {
+    return scope->is_graph && scope->graph_users == 0;
+  });
+  if (!any) return;
+  DeviceLock pool_lock = park_and_lock_pool();
+  const Busy busy(busy_);
+  drop_released_scopes(pool_lock);
+}
+
 // Fences behind what has been freed, while there may be some: none can be recorded in a stream once
 // it is captured, and then nobody could have what is idle there.
 void CachingAllocator::mark_freed() {
   for (const auto& scope : scopes_) {
     for (const auto& arena : scope->arenas) {
-      if (!scope->pinned() && !capturing(arena->stream())) arena->fence();
+      if (scope->pinned() || capturing(arena->stream())) continue;
+      try {
+        arena->fence();
+      } catch (const DriverError& error) {
+        if (error.fatal()) throw;  // else what is idle there stays so during the capture
+      }
     }
   }
 }

@@ -126,8 +126,8 @@ class Symbols {
   std::vector<void*> handles_;
 };
 
-// Up to torch 2.12 c10::OutOfMemoryError has no constructor in any library, as it inherits those of
-// c10::Error; it adds no member, so that an Error with its table is one.
+// In torch 2.11 c10::OutOfMemoryError inherits the constructors of c10::Error, and no library has
+// one. It adds no member, so that an Error with its table of virtual functions is one.
 ErrorClass find_out_of_memory(Symbols& symbols, Construct construct_error) {
   auto* type = symbols.need<std::type_info*>(kOutOfMemoryType);
   if (void* constructor = symbols.find(kOutOfMemoryConstructor)) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 
 from bench.common import Json, short_bytes, short_count
@@ -132,6 +133,32 @@ def launch_rows(file: StageFile) -> Iterator[Row]:
             yield row["what"], page, float(row["median_us"]), float(row["p99_us"])
 
 
+def allocator_rows(file: StageFile) -> Iterator[Row]:
+    """Where tensors' memory comes from: the step's median, the worst round's memory and calls."""
+    training = file.rows("allocator-bench", "training", "way", "step_us", "ratio", "steady_calls")
+    fragments = file.rows("allocator-bench", "fragments", "way", "ratio")
+    pairs = [
+        row
+        for row in file.rows("allocator-bench", "pairs", "way", "bytes", "ns")
+        if row["bytes"] == _PAIR_BYTES
+    ]
+    for way in dict.fromkeys(row["way"] for row in training):
+        mine, scattered, cached = (
+            [row for row in rows if row["way"] == way] for rows in (training, fragments, pairs)
+        )
+        step = statistics.median(us for row in mine for us in row["step_us"])
+        yield (
+            *(way, step / 1e3, _largest(mine, "ratio"), _largest(mine, "steady_calls")),
+            *(_largest(scattered, "ratio"), _largest(cached, "ns")),
+        )
+
+
+def _largest(rows: Sequence[Json], key: str) -> float | None:
+    """Of those that were measured."""
+    return max((row[key] for row in rows if row[key] is not None), default=None)
+
+
+_PAIR_BYTES = 4 << 20
 _LAYOUTS = (
     "Layouts that no other beats in speed and in waste (speed: ordinary / virtual time of "
     "attention, the mean over the sweep; live: K/V bytes / physical bytes on a trace's lengths; "
@@ -140,6 +167,11 @@ _LAYOUTS = (
 _CALLS = (
     "Driver calls, microseconds: per page of a run; and per call of 16 pages, on an idle device / "
     "beside a running kernel:"
+)
+_ALLOCATORS = (
+    "Training with tensors from PyTorch's allocator, from its expandable segments, and from vattn "
+    "(memory: peak in use on the GPU / peak requested; calls: of the driver, in steps of one "
+    "length; pair: `torch.empty` of 4 MiB and its end):"
 )
 _Make = Callable[[StageFile], Iterator[Row]]
 _TABLES: tuple[tuple[str, tuple[str, ...], _Make], ...] = (
@@ -163,6 +195,11 @@ _TABLES: tuple[tuple[str, tuple[str, ...], _Make], ...] = (
         _CALLS,
         ("call", "page", "run of", "whole run", "one by one", "idle / beside"),
         call_rows,
+    ),
+    (
+        _ALLOCATORS,
+        ("tensors from", "step, ms", "memory", "calls", "memory, fragments", "cached pair, ns"),
+        allocator_rows,
     ),
     (
         "Kernel launches, microseconds:",

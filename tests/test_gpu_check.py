@@ -148,7 +148,7 @@ def test_only_some_stages(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert [line.split()[0] for line in lines] == ["decode", "vmm"]
     assert check.main(["--group", "decode"]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
-    assert [line.split()[0] for line in lines] == ["build", "decode", "prefill"]
+    assert [line.split()[0] for line in lines] == ["build", "decode", "prefill", "allocator-bench"]
     with pytest.raises(SystemExit):
         check.main(["--only", "vmm", "--group", "decode"])
     with pytest.raises(SystemExit):

@@ -20,7 +20,7 @@ PYTHON_LAYERS = (
     {"vattn.kv"},
     {"vattn.attention", "vattn.hf", "vattn.virtual_tensor"},
     {"vattn.engine"},
-    {"vattn", "vattn.allocator", "vattn.cli", "vattn.llm", "vattn.server"},
+    {"vattn", "vattn.allocator", "vattn.cli", "vattn.llm", "vattn.run", "vattn.server"},
 )
 NO_TORCH = (
     "vattn/engine/policy.py",

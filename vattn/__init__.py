@@ -6,6 +6,7 @@ Doors into one memory core; see docs/design.md:
 * :class:`KVCache`: virtual K and V tensors, for people with a kernel or a policy of their own.
 * :class:`VirtualCache`: a transformers cache for ``model.generate(past_key_values=...)``.
 * :func:`reserve`: a tensor whose rows get memory when they are committed.
+* :mod:`vattn.allocator`: all of PyTorch's CUDA memory, or parts of it, from the same pages.
 * :class:`PagePool`: the physical memory of a device, which all of these can share.
 """
 
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from vattn._core import DriverError, InvariantError, OutOfPages, OutOfSlots, PagesGone
 
 if TYPE_CHECKING:
+    from vattn import allocator
     from vattn.engine.outputs import OutputKind
     from vattn.hf.cache import VirtualCache
     from vattn.kv.cache import KVCache
@@ -80,11 +82,14 @@ __all__ = [
     "VirtualCache",
     "VirtualTensor",
     "__version__",
+    "allocator",
     "reserve",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "allocator":
+        return import_module("vattn.allocator")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

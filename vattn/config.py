@@ -26,6 +26,17 @@ def positive_int(value: object, name: str, otherwise: str = "") -> int:
     return operator.index(value)  # type: ignore[arg-type]
 
 
+def not_negative_int(value: object, name: str) -> int:
+    """``value`` as an int, if it is zero; or as :func:`positive_int`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not isinstance(value, bool) and value == 0:
+        return 0
+    return positive_int(value, name, " or 0")
+
+
 def parse_bytes(text: str | int, name: str = "size") -> int:
     """``"512MiB"``, ``"2GB"``, ``"65536"`` or an int as a number of bytes.
 

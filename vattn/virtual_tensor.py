@@ -19,7 +19,13 @@ from vattn import _core
 from vattn.config import positive_int
 from vattn.kv.arrays import as_integer
 from vattn.kv.defaults import default_page_bytes
-from vattn.kv.pool import PagePool, default_budget_bytes, open_driver, parse_device
+from vattn.kv.pool import (
+    PagePool,
+    default_budget_bytes,
+    open_driver,
+    parse_device,
+    shared_pool,
+)
 
 # Of torch's dtypes those of whole bytes in which zero bits are zero. Memory travels as bytes and is
 # reinterpreted, so it does not matter which of them a DLPack consumer knows.
@@ -280,9 +286,13 @@ def reserve(
             f"shape={sizes} of {dtype} reserves {nbytes} bytes of addresses, beyond 2**46; "
             "lower one of its dimensions"
         )
-    own = pool is None
+    own = False
     if pool is None:
-        pool = _own_pool(parse_device("cpu" if device is None else device), nbytes, page_bytes)
+        place = parse_device("cpu" if device is None else device)
+        pool = shared_pool(place, page_bytes=page_bytes)
+        if pool is None:
+            own = True
+            pool = _own_pool(place, nbytes, page_bytes)
     else:
         _check_pool(pool, device, page_bytes)
     handle = VirtualTensor(sizes, dtype, pool, own)

@@ -2,8 +2,8 @@
 
     python -m bench.gpu.check                      # all stages but those marked *
     python -m bench.gpu.check --group correctness  # all tests, memcheck, jitter
-    python -m bench.gpu.check --group decode       # decode, prefill
-    python -m bench.gpu.check --group serving      # layout, workload, mapping, vmm
+    python -m bench.gpu.check --group decode       # decode, prefill, allocator-bench
+    python -m bench.gpu.check --group serving      # layout, workload, mapping, vmm, ...
     python -m bench.gpu.check --only compile       # one stage (repeatable)
     python -m bench.gpu.check --rehearse           # on a CPU, at tiny settings: no figures
 
@@ -20,6 +20,7 @@ cache      the tests of KVCache and its pool on the real driver
 attention  every installed attention backend against a float32 reference
 engine     vattn.LLM against generate, float32 exact and bf16 close; memcheck's run by itself
 graphs     captured CUDA graphs replayed while pages change beneath them
+allocator* PyTorch's memory from vattn: training, graphs, streams, pause, out of memory, an engine
 decode     bench.decode: a decode step against what reading weights and K/V takes
 layout     bench.layout: attention on virtual slots for every layout and page size
 workload   bench.workload: tokens per second, TTFT, TPOT, and transformers' generate_batch
@@ -29,6 +30,8 @@ memcheck * bench.gpu.memcheck: a short engine run under compute-sanitizer
 vmm      * bench.vmm: every driver operation, batched and one by one, beside a running kernel
 compile  * bench.compile: torch.compile around the attention call, on and off
 jitter   * bench.jitter: what mapping beside a decode step does to its length
+allocator-bench* bench.allocator_gpu: training steps and fragmentation, against PyTorch's allocators
+allocator-memcheck* bench.gpu.memcheck_allocator: a short program under compute-sanitizer
 """
 
 from __future__ import annotations
@@ -219,7 +222,7 @@ def print_outcomes(outcomes: Sequence[Outcome]) -> None:
             sign = ">=" if target["at_least"] else "<="
             verdict = {True: "met", False: "MISSED", None: "not measured"}[target["met"]]
             limit = f"{sign} {target['limit']:g} {target['unit']}".rstrip()
-            print(f"{outcome.stage:<10}{target['name']}: {value} ({limit}, {verdict})")
+            print(f"{outcome.stage:<9} {target['name']}: {value} ({limit}, {verdict})")
     print()
     width = max(len(outcome.stage) for outcome in outcomes)
     for o in outcomes:

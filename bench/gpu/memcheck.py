@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +55,21 @@ def errors_in(log: str) -> int | None:
     return sum(map(int, found)) if found else None
 
 
-def command(sanitizer: str) -> list[str]:
-    """The run under the tool; ends with the run's own exit code, or 86 for errors found."""
+def command(sanitizer: str, module: str = "bench.gpu.memcheck") -> list[str]:
+    """A module's run under the tool; ends with the run's own exit code, or 86 for errors found."""
     return [
         sanitizer,
         *("--tool", "memcheck", "--error-exitcode", "86", "--print-limit", "20"),
         # Torch asks the driver for things that it may refuse.
         *("--report-api-errors", "no"),
-        *(sys.executable, "-m", "bench.gpu.memcheck", "--run"),
+        *(sys.executable, "-m", module, "--run"),
     ]
 
 
-def check(sanitizer: str, limit_s: float = LIMIT_S) -> dict[str, Any]:
-    """Runs the engine under memcheck for at most so many seconds, the last few for its end.
+def check(
+    sanitizer: str, limit_s: float = LIMIT_S, module: str = "bench.gpu.memcheck"
+) -> dict[str, Any]:
+    """Runs a module under memcheck for at most so many seconds, the last few for its end.
 
     Returns:
         ``status``: "passed", "failed", "timeout", or "skipped" by a tool that does not know the
@@ -78,7 +80,7 @@ def check(sanitizer: str, limit_s: float = LIMIT_S) -> dict[str, Any]:
         KeyboardInterrupt: a signal ended it.
     """
     with Cut() as cut:
-        ended = run_command(command(sanitizer), limit_s, {}, cut)
+        ended = run_command(command(sanitizer, module), limit_s, {}, cut)
     if ended.cut:
         raise KeyboardInterrupt(f"signal {cut.signal}")
     errors = errors_in(ended.log)
@@ -177,9 +179,14 @@ def run(device: str) -> dict[str, int]:
     return did
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--run", action="store_true", help="the engine run alone, without the tool")
+def main(
+    arguments: Sequence[str] | None = None,
+    module: str = "bench.gpu.memcheck",
+    run: Callable[[str], dict[str, int]] = run,
+) -> int:
+    """The command line of a module whose ``--run`` is this ``run``."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}")
+    parser.add_argument("--run", action="store_true", help="the run alone, without the tool")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"), help="of --run")
     parser.add_argument(
         "--limit-s", type=float, default=LIMIT_S, help=f"seconds, {GRACE_S:.0f} of them to end it"
@@ -196,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if reason is not None or sanitizer is None:
         print(f"skipped: {reason}")
         return 0
-    result = check(sanitizer, options.limit_s)
+    result = check(sanitizer, options.limit_s, module)
     if result["status"] == "skipped":
         print(result["log"])
         print(f"skipped: {result['why']}")

@@ -20,8 +20,9 @@ NOTE = ROOT / "build" / "native-sources.json"
 
 def sources() -> list[Path]:
     """All that the module is built from."""
-    csrc = ROOT / "csrc"
-    return [ROOT / "CMakeLists.txt", *sorted(csrc.glob("*.cpp")), *sorted(csrc.glob("*.h"))]
+    folders = [ROOT / "csrc", ROOT / "allocator"]
+    found = [path for folder in folders for kind in ("*.cpp", "*.h") for path in folder.glob(kind)]
+    return [ROOT / "CMakeLists.txt", *sorted(found)]
 
 
 def digest(paths: list[Path]) -> str:

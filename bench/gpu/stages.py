@@ -116,6 +116,7 @@ STAGES = (
             ),
             "tests/test_kv_memory.py",
             *("tests/test_kv_pool.py", "tests/test_kept_*.py", "tests/test_swap_copy.py"),
+            *("tests/test_reserve.py", "tests/test_reserve_pool.py"),
         ),
     ),
     Stage("attention", 45, 90, tests=("tests/gpu/test_attention*.py",)),
@@ -125,6 +126,8 @@ STAGES = (
         tests=("tests/gpu/test_engine*.py", "tests/gpu/test_memcheck*.py"),
     ),
     Stage("graphs", 45, 120, tests=("tests/gpu/test_graphs*.py",)),
+    # Each of its tests is a process of its own, which imports torch and starts CUDA.
+    Stage("allocator", *(120, 240), tests=("tests/gpu/test_allocator*.py",), alone=True),
     Stage(
         "decode",
         *(120, 240),
@@ -204,15 +207,32 @@ STAGES = (
         rows=("ways",),
         alone=True,
     ),
+    # A round is three processes, each of which trains, fragments and records.
+    Stage(
+        "allocator-bench",
+        *(150, 240),
+        command=_timed("bench.allocator_gpu"),
+        rehearsal=("--device", "cpu", "--rounds", "1"),
+        rows=("training", "fragments", "pairs"),
+        alone=True,
+    ),
+    Stage(
+        "allocator-memcheck",
+        *(60, 120),
+        command=_bench("bench.gpu.memcheck_allocator", "--limit-s", "{limit}"),
+        rehearsal=("--run", "--device", "cpu"),
+        alone=True,
+    ),
 )
 
 # What one run has time for, with more than the least time for each stage.
 GROUPS = {
     "correctness": (
-        *("build", "contract", "cache", "attention", "engine", "graphs", "memcheck", "jitter"),
+        *("build", "contract", "cache", "attention", "engine", "graphs", "allocator"),
+        *("memcheck", "jitter"),
     ),
-    "decode": ("build", "decode", "prefill"),
-    "serving": ("build", "layout", "workload", "mapping", "vmm"),
+    "decode": ("build", "decode", "prefill", "allocator-bench"),
+    "serving": ("build", "layout", "workload", "mapping", "vmm", "allocator-memcheck"),
 }
 
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 
 namespace stress {
@@ -13,6 +14,23 @@ class FakeControl {
 
   // Like a new process, with small pages, and streams that finish their work as late as they may.
   void start(std::size_t granularity);
+
+  // Work of `stream` is done when step() says so.
+  void hold(std::uintptr_t stream) const;
+  void release(std::uintptr_t stream) const;
+  void step(std::uintptr_t stream, int count) const;
+  void capture(std::uintptr_t stream, bool on) const;
+  // A kernel that may touch [address, address + bytes).
+  void launch(std::uintptr_t stream, std::uintptr_t address, std::size_t bytes) const;
+  // Fresh memory is left as it is, which is faster than filling it.
+  void no_poison() const;
+
+  // The nth call of `name` from now fails with `code`, once.
+  void fail(const char* name, std::uint64_t nth, int code) const;
+  // Nothing can be created any more once `bytes` more are.
+  void out_of_memory_after(std::size_t bytes) const;
+  // Ends both.
+  void clear_failures() const;
   // Broken rules, and what still exists, one per line.
   std::string violations() const;
   std::string leaks() const;

@@ -65,6 +65,7 @@ def routed(tag: int, device: int | None) -> Iterator[None]:
     outer = next((r for r in reversed(_thread.routes) if r.device == index), None)
     if outer is not None:
         outer.close()
+    before = _core.set_segment_tag(index, tag)
     try:
         route.open()
         _thread.routes.append(route)
@@ -74,6 +75,7 @@ def routed(tag: int, device: int | None) -> Iterator[None]:
             _thread.routes.remove(route)
             route.close()
     finally:
+        _core.set_segment_tag(index, before)
         if outer is not None:
             outer.open()
 

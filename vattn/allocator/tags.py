@@ -57,7 +57,7 @@ def pool(
         return
     from vattn.allocator import mem_pools
 
-    with _tagged(number), mem_pools.routed(number, _index(device)):
+    with mem_pools.routed(number, _index(device)):
         yield
 
 

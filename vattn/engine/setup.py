@@ -12,7 +12,7 @@ from vattn.engine.config import EngineConfig
 from vattn.hf.compiled import COMPILE_DEFAULT, compile_model
 from vattn.hf.model import LoadedModel
 from vattn.kv.cache import KVCache
-from vattn.kv.pool import PagePool, open_driver
+from vattn.kv.pool import PagePool, open_driver, shared_pool
 
 # Slots beside those that may run, to keep finished sequences as prefix cache: addresses only.
 _KEPT_SLOTS_PER_SEQ = 3
@@ -45,7 +45,16 @@ def max_model_len(loaded: LoadedModel, config: EngineConfig) -> int:
 
 
 def make_pool(device: torch.device, config: EngineConfig) -> PagePool:
-    """Physical memory of the engine's own."""
+    """Physical memory of the engine's own, or that of all under ``vattn.allocator.enable()``."""
+    shared = shared_pool(
+        device,
+        kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        page_bytes=config.page_bytes,
+        strict=config.strict,
+    )
+    if shared is not None:
+        return shared
     driver = open_driver(device, strict=config.strict)
     return PagePool(
         device,

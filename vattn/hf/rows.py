@@ -14,7 +14,7 @@ from vattn.hf.configs import LayerPlan
 from vattn.kv.arrays import Int32Array
 from vattn.kv.cache import KVCache
 from vattn.kv.layout import LayerSpec, Order
-from vattn.kv.pool import PagePool, parse_device
+from vattn.kv.pool import PagePool, parse_device, shared_pool
 
 # A copy of a cache grows in steps of this many tokens, so that sliding-window layers recycle pages
 # on the way instead of mapping the whole sequence.
@@ -275,11 +275,10 @@ class Rows:
     def _remake(self, shape: Shape) -> None:
         """Makes the KVCache for the shapes now known, and brings along what it holds."""
         if self.pool is None:
-            self.pool = PagePool(
-                shape.device,
-                page_bytes=self.options.page_bytes,
-                budget_bytes=self.options.budget_bytes,
-            )
+            page_bytes, budget_bytes = self.options.page_bytes, self.options.budget_bytes
+            self.pool = shared_pool(
+                shape.device, page_bytes=page_bytes, budget_bytes=budget_bytes
+            ) or PagePool(shape.device, page_bytes=page_bytes, budget_bytes=budget_bytes)
         if self.tokens == 0:
             kv = self._make(shape.batch)
             self._drop()

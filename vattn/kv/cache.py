@@ -14,7 +14,13 @@ from vattn.kv.arrays import as_int32, as_integer
 from vattn.kv.defaults import default_page_bytes, layout_default
 from vattn.kv.kept import KeptSlots
 from vattn.kv.layout import LayerSpec, Layout, Order, make_layout
-from vattn.kv.pool import PagePool, default_budget_bytes, open_driver, parse_device
+from vattn.kv.pool import (
+    PagePool,
+    default_budget_bytes,
+    open_driver,
+    parse_device,
+    shared_pool,
+)
 from vattn.kv.report import CacheStats, MemoryMap, SlotMap
 from vattn.kv.slots import LengthList, Slot, SlotLike, SlotList, token_count
 
@@ -34,8 +40,9 @@ class KVCache(KeptSlots):
         max_seqs: slots.
         max_tokens: longest sequence.
         device: ``"cpu"`` (default) or ``"cuda[:n]"``.
-        pool: a pool to share; else one is made from ``page_bytes``, ``budget_bytes`` (default: as
-            the pool's, but no more than the full cache) and ``strict``.
+        pool: a pool to share; else PyTorch's under :func:`vattn.allocator.enable`; else one is made
+            from ``page_bytes``, ``budget_bytes`` (default: as the pool's, but no more than the full
+            cache) and ``strict``, which can be given for no other pool.
         layers_per_region, order: see :mod:`vattn.kv.layout`; None for the device's default.
         kv_tile_tokens: tile sizes in tokens of the kernels that read the cache; reads are covered
             up to whole tiles. None for the device's default.
@@ -69,6 +76,9 @@ class KVCache(KeptSlots):
         if pool is not None:
             _check_pool(pool, device, page_bytes, budget_bytes, strict)
         self.device = pool.device if pool is not None else parse_device(device or "cpu")
+        if pool is None:
+            own = {"budget_bytes": budget_bytes, "page_bytes": page_bytes, "strict": strict}
+            pool = shared_pool(self.device, **own)
         driver = pool.driver if pool is not None else open_driver(self.device, strict=strict)
         defaults = layout_default(self.device)
         if kv_tile_tokens is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -14,6 +15,7 @@ from vattn.kv.defaults import default_page_bytes
 # Share of the device's free memory that a pool may take when no budget is given. A GPU serves the
 # model and little else; the host's memory belongs to everybody on it.
 _DEFAULT_SHARE = {"cpu": 0.5, "cuda": 0.9}
+_DLPACK_CPU = 1
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,48 @@ def default_budget_bytes(device: str, driver: _core.Driver) -> int:
     return env_bytes("VATTN_BUDGET") or int(driver.memory_info()[0] * _DEFAULT_SHARE[device])
 
 
+def shared_pool(device: torch.device, **given: object) -> PagePool | None:
+    """The pool that a cache without one of its own takes, if ``vattn.allocator`` is enabled.
+
+    Args:
+        device: one that :func:`parse_device` let through.
+        given: settings of a pool of its own, by name; those that are None or False count as unset.
+
+    Returns:
+        None where every cache has a pool of its own.
+
+    Raises:
+        ValueError: a setting is given, and the pool is there already.
+        DriverError: no usable CUDA driver.
+    """
+    if not _core.torch_allocator_enabled():
+        return None
+    allocator = _allocator_on(device)
+    if allocator is None:
+        return None
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise ValueError(
+                f"{name}={value!r} is for a pool of its own, but vattn.allocator.enable() has made "
+                f"one for all of {device}: leave it out and give budget_bytes or page_bytes to "
+                "enable(), or give pool=vattn.PagePool(...) for memory apart from PyTorch's"
+            )
+    return PagePool.of_allocator(allocator)
+
+
+def _allocator_on(device: torch.device) -> _core.CachingAllocator | None:
+    """The allocator whose memory tensors of this device can be made of."""
+    for index in _core.torch_allocator_devices():
+        allocator = _core.torch_allocator(index)
+        if allocator is None:
+            continue
+        kind, number = allocator.pool.driver.dlpack_device()
+        of_cpu = kind == _DLPACK_CPU
+        if of_cpu == (device.type == "cpu") and (of_cpu or number == (device.index or 0)):
+            return allocator
+    return _core.make_torch_allocator(device.index or 0) if device.type == "cuda" else None
+
+
 class PagePool:
     """The physical pages of one device: a budget, and who uses what of it.
 
@@ -120,6 +164,21 @@ class PagePool:
         self._mapper: _core.Mapper | None = None
         if ahead_bytes:
             self.mapper  # noqa: B018  (starts the thread that creates pages)
+
+    @classmethod
+    def of_allocator(cls, allocator: _core.CachingAllocator) -> Self:
+        """The pool of PyTorch's memory on a device; see :mod:`vattn.allocator`.
+
+        Its budget is that of tensors and caches together.
+        """
+        pool = cls.__new__(cls)
+        pool.core = allocator.pool
+        pool.driver = pool.core.driver
+        kind, index = pool.driver.dlpack_device()
+        pool.device = torch.device("cpu") if kind == _DLPACK_CPU else torch.device("cuda", index)
+        # One thread serves all who share the pool, for as long as the process lives.
+        pool._mapper = allocator.mapper
+        return pool
 
     @property
     def page_bytes(self) -> int:

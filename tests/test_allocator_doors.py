@@ -1,0 +1,43 @@
+"""``vattn.allocator``: enable, disable, pool, tags and statistics, without a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.door_cases import CASES
+from tests.fake_cuda.fake import ROOT
+from vattn import allocator
+
+
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
+def test_door(case: str) -> None:
+    """In a process of its own: torch's allocator is swapped once."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"from tests.door_cases import {case}; {case}()"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
+def test_a_torch_without_cuda_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="built without CUDA"):
+        allocator.enable()
+    with pytest.raises(RuntimeError, match="built without CUDA"), allocator.pool("weights"):
+        pass
+    assert not allocator.is_enabled()
+
+
+def test_importing_it_loads_no_torch() -> None:
+    code = "import sys, vattn.allocator; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
