@@ -42,8 +42,10 @@ help:
 demo: $(STAMP_BASE)
 	$(BIN)/vattn generate --max-tokens 220 --min-tokens 220 --memory-map --stats
 
+# One worker per core, each with one thread. A file's tests share fixtures: it stays with one worker.
+test: export OMP_NUM_THREADS := 1
 test: lint fake
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 dev: $(STAMP_DEV) fake
 

@@ -413,15 +413,19 @@ std::shared_ptr<Fence> fence_in(const std::shared_ptr<Driver>& driver, Stream st
   try {
     return std::make_shared<Fence>(driver, stream);
   } catch (const DriverError& error) {
-    if (error.code() == kInvalidHandle) return nullptr;
-    throw;
+    if (error.code() != kInvalidHandle) throw;
   }
+  // The program has destroyed the stream; what it was given may be running still.
+  driver->synchronize_all();
+  return nullptr;
 }
 
 std::shared_ptr<Fence> Arena::fence() {
+  if (done_clock_ >= last_freed_) return nullptr;
   if (fence_ != nullptr && fence_clock_ >= last_freed_) return fence_;
   fence_ = fence_in(driver_, stream_);
   fence_clock_ = clock_;
+  if (fence_ == nullptr) done_clock_ = clock_;
   return fence_;
 }
 
@@ -431,14 +435,20 @@ bool Arena::all_done() {
 }
 
 bool Arena::known_done(const Block* block) {
-  return fence_ != nullptr && fence_clock_ >= block->freed_at && fence_->done();
+  if (done_clock_ >= block->freed_at) return true;
+  if (fence_ == nullptr || fence_clock_ < block->freed_at) return false;
+  try {
+    if (!fence_->done()) return false;
+  } catch (const DriverError& error) {
+    if (error.fatal()) throw;
+    fence_ = nullptr;  // it got into a graph, or the like: the next one will tell
+    return false;
+  }
+  done_clock_ = std::max(done_clock_, fence_clock_);
+  return true;
 }
 
-bool Arena::fence_done(const Block* block) {
-  if (known_done(block)) return true;
-  const std::shared_ptr<Fence> now = fence();
-  return now == nullptr || now->done();
-}
+bool Arena::fence_done(const Block* block) { return known_done(block) || all_done(); }
 
 // After a pause ---------------------------------------------------------------------------------
 

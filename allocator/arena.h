@@ -36,8 +36,8 @@ struct Window {
   std::size_t run_bytes = 0;   // of the free addresses around it
 };
 
-// A fence on a stream; null if the program has destroyed it, so that nothing is left to be done
-// there.
+// A fence on a stream. Null if the program has destroyed it: then all work of the device is done on
+// return. Not while a graph is captured.
 std::shared_ptr<Fence> fence_in(const std::shared_ptr<Driver>& driver, Stream stream);
 
 class Arena {
@@ -105,7 +105,7 @@ class Arena {
 
   template <typename F>
   void for_each_free(F visit) const {
-    for (Block* block : free_) visit(block);
+    for (auto it = free_.lower_bound(page_bytes_); it != free_.end(); ++it) visit(*it);
   }
   bool nothing_mapped() const noexcept;
   bool has_live_blocks() const noexcept { return live_blocks_ != 0; }
@@ -116,7 +116,7 @@ class Arena {
   void set_gives(bool gives);
   bool gives() const noexcept { return gives_; }
 
-  // A fence behind everything that was freed here until now; null if the stream is gone.
+  // A fence behind everything that was freed here until now; null if all of that is done.
   std::shared_ptr<Fence> fence();
   bool fence_done(const Block* block);
   bool all_done();                      // of what was freed here
@@ -184,6 +184,7 @@ class Arena {
   std::uint64_t last_freed_ = 0;
   std::shared_ptr<Fence> fence_;
   std::uint64_t fence_clock_ = 0;
+  std::uint64_t done_clock_ = 0;  // all work on what was freed until then is done
 };
 
 }  // namespace vattn

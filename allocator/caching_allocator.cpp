@@ -7,6 +7,7 @@ namespace vattn {
 namespace {
 
 constexpr int kSpins = 200;
+constexpr std::uint32_t kPollAll = 64;
 
 void relax() noexcept {
 #if defined(__x86_64__)
@@ -37,7 +38,7 @@ CachingAllocator::CachingAllocator(std::shared_ptr<PagePool> pool, std::shared_p
       page_bytes_(pool_->page_bytes()),
       range_bytes_(round_up(options.range_bytes != 0
                                 ? options.range_bytes
-                                : pool_->stats().budget_pages * page_bytes_ * 9 / 8,
+                                : pool_->stats().budget_pages * page_bytes_ / 8 * 9,
                             page_bytes_)),
       figures_(shown_figures(*pool_)),
       idle_pages_(figures_->idle_pages) {
@@ -72,7 +73,8 @@ void* CachingAllocator::allocate(std::size_t bytes, Stream stream) {
     throw std::invalid_argument("memory of the tag '" + scope.name +
                                 "' is paused: resume it before allocating under it");
   }
-  if (!pending_.empty()) poll_pending(false, false);
+  // The oldest; all of them now and then, since one stream may be far behind the others.
+  if (!pending_.empty()) poll_pending(++polls_ % kPollAll == 0, false);
   if (bytes <= kSlabMaxPiece) return allocate_piece(scope, stream, bytes);
   if (bytes > kUnknownBytes / 2) {
     DeviceLock pool_lock = park_and_lock_pool();

@@ -51,7 +51,7 @@ TagId set_current_tag(TagId tag) noexcept;  // returns the one before
 
 class CachingAllocator final : public Reclaimer {
  public:
-  // `mapper` may be null: then old mappings go when the next request needs the pool.
+  // `mapper` may be null: then shadows go only where their pages are needed.
   CachingAllocator(std::shared_ptr<PagePool> pool, std::shared_ptr<Mapper> mapper,
                    const CachingAllocatorOptions& options = {});
   // Nobody uses any block; those that are live go with it. The driver must still be there.
@@ -104,7 +104,7 @@ class CachingAllocator final : public Reclaimer {
   const std::shared_ptr<PagePool>& pool() const noexcept { return pool_; }
   const std::shared_ptr<Mapper>& mapper() const noexcept { return mapper_; }
 
-  // Waits until the background is done with old mappings.
+  // Waits until the background is done with its jobs.
   void settle();
   // Throws InvariantError.
   void check();
@@ -116,6 +116,7 @@ class CachingAllocator final : public Reclaimer {
  private:
   struct PendingFree {
     Address address;
+    std::vector<Stream> users;
     std::vector<std::shared_ptr<Fence>> fences;
   };
   // Where a page belongs. It may be mapped at other places, too, where it served before: those are
@@ -149,6 +150,19 @@ class CachingAllocator final : public Reclaimer {
     std::function<bool(Stream)> filter;
   };
   using Lock = std::unique_lock<std::mutex>;
+  // While it lives, the state is at rest: whoever has the pool's lock may use it.
+  class Parked {
+   public:
+    explicit Parked(std::atomic<bool>& parked) : parked_(parked) {
+      parked_.store(true, std::memory_order_release);
+    }
+    ~Parked() { parked_.store(false, std::memory_order_release); }
+    Parked(const Parked&) = delete;
+    Parked& operator=(const Parked&) = delete;
+
+   private:
+    std::atomic<bool>& parked_;
+  };
 
   Lock lock();
   DeviceLock park_and_lock_pool();
@@ -180,7 +194,6 @@ class CachingAllocator final : public Reclaimer {
   void drop_released();
   void mark_freed();
   Scope* graph_scope(GraphPoolId id) noexcept;
-  std::vector<Stream> known_streams() const;
   void start_deferred();
 
   // grow.cpp: when nothing that is mapped fits
@@ -198,6 +211,7 @@ class CachingAllocator final : public Reclaimer {
   void map_claimed(Growth& growth, DeviceLock& pool_lock);
   void map_unmapped(Growth& growth);
   void unmap_growth(Growth& growth) noexcept;
+  void make_room(const Growth& growth);
   void set_owner(PageId page, Range& range, std::size_t index);
   void commit(Growth& growth);
   void abandon(Growth& growth) noexcept;
@@ -205,7 +219,7 @@ class CachingAllocator final : public Reclaimer {
   [[noreturn]] void throw_out_of_memory(const Scope& scope, std::size_t bytes, DeviceLock& lock,
                                         const std::string& why);
 
-  // retire.cpp: pages that leave their addresses
+  // give_back.cpp: shadows, and pages that go to the pool
   Lock lock_from_pool();
   void flush_all();
   void drop_shadows(std::size_t keep_pages, bool wait, DeviceLock& pool_lock);
@@ -216,8 +230,11 @@ class CachingAllocator final : public Reclaimer {
   std::size_t give_block(Block* block, DeviceLock& pool_lock);
   void leave_home(PageId page);
   bool settled(Scope& scope, bool wait);
+  bool unmap_free(Scope& scope, DeviceLock& pool_lock);
+  std::size_t give_idle(std::size_t pages, bool wait, DeviceLock& pool_lock);
+  void drop_shadow(Block* block, DeviceLock& pool_lock);
   bool work_done(const Block& block, bool wait);
-  void drop_released_scopes(DeviceLock& pool_lock);
+  void drop_released_scopes(bool wait, DeviceLock& pool_lock);
   void unmap_paused(DeviceLock& pool_lock);
 
   // pause.cpp
@@ -228,7 +245,8 @@ class CachingAllocator final : public Reclaimer {
   void save(Scope& scope, void* host, std::size_t bytes);
   void restore(Scope& scope);
   template <typename F>
-  void copy_all(Scope& scope, F copy);
+  void copy_all(const std::vector<Block*>& live, F copy);
+  std::vector<Block*> live_blocks(Scope& scope);
   std::vector<bool> shadow_pages(const Range& range) const;
   void unmap_all(Scope& scope, DeviceLock& lock);
   void map_live(Scope& scope, DeviceLock& pool_lock);
@@ -244,6 +262,7 @@ class CachingAllocator final : public Reclaimer {
   void count_allocation(Scope& scope, SizeKind kind, std::size_t bytes, std::size_t asked);
   void count_free(Scope& scope, SizeKind kind, std::size_t bytes, std::size_t asked);
   void count_mapped(Range& range, std::ptrdiff_t pages);
+  void check_slabs() const;
   void check_locked(const DeviceLock& pool_lock);
 
   const std::shared_ptr<PagePool> pool_;
@@ -256,9 +275,10 @@ class CachingAllocator final : public Reclaimer {
   alignas(64) std::mutex mutex_;
   std::atomic<bool> parked_{false};  // the holder of mutex_ waits for the pool's lock
   bool busy_ = false;                // with the pool's lock: the pool is not to ask us for pages
-  bool job_queued_ = false;
+  std::atomic<bool> job_queued_{false};
   bool lost_ = false;  // a failure could not be undone: mappings are unknown
   std::uint64_t clock_ = 0;
+  std::uint32_t polls_ = 0;
   std::atomic<std::size_t> quick_bytes_{0};
 
   RequestBook requests_;

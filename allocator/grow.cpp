@@ -20,10 +20,8 @@ constexpr std::size_t kNoBound = ~std::size_t{0};
 }  // namespace
 
 DeviceLock CachingAllocator::park_and_lock_pool() {
-  parked_.store(true, std::memory_order_release);
-  DeviceLock guard = pool_->lock();
-  parked_.store(false, std::memory_order_release);
-  return guard;
+  const Parked parked(parked_);
+  return pool_->lock();
 }
 
 Block* CachingAllocator::take_again(Arena& arena, std::size_t bytes, std::size_t align) {
@@ -36,7 +34,7 @@ Block* CachingAllocator::grow(Scope& scope, Arena& arena, std::size_t bytes, std
   ++book_.growths;
   flush_all();
   poll_pending(true, false);
-  drop_released_scopes(pool_lock);
+  drop_released_scopes(false, pool_lock);
   if (Block* block = take_again(arena, bytes, align)) return block;
   if (bytes / page_bytes_ > pool_->stats_locked(pool_lock).budget_pages) {
     throw_out_of_memory(scope, bytes, pool_lock, "it is more than the whole budget");
@@ -45,6 +43,7 @@ Block* CachingAllocator::grow(Scope& scope, Arena& arena, std::size_t bytes, std
   const Window window = claim_window(growth, align);
   try {
     find_pages(growth, pool_lock);
+    make_room(growth);
     map_claimed(growth, pool_lock);
   } catch (const OutOfPages& error) {
     abandon(growth);
@@ -95,8 +94,12 @@ Window CachingAllocator::claim_window(Growth& growth, std::size_t align) {
   Arena& arena = growth.arena;
   const Reach reach = capturing(arena.stream()) ? Reach::kDone : Reach::kOwnOrder;
   std::vector<Block*> usable;
-  if (shadow_pages_ > 0 && allowed_pages(growth.scope, false) == kNoBound) {
+  // What comes from another scope would count against a tag's budget: one that has one uses its
+  // own.
+  const bool own_only = growth.scope.budget_pages != 0;
+  if (shadow_pages_ > 0) {
     for (Block* block : idle_blocks()) {
+      if (own_only && &block->range->arena.scope() != &growth.scope) continue;
       if (may_use(block->range->arena, block, arena.stream(), reach)) usable.push_back(block);
     }
   }
@@ -197,8 +200,9 @@ void CachingAllocator::find_pages(Growth& growth, DeviceLock& pool_lock) {
   ++book_.alloc_retries;
   if (!captured) {
     borrow(growth, Reach::kOtherStreams);
-    if (growth.lacking() > 0 && !pending_.empty()) {
+    if (growth.lacking() > 0) {
       poll_pending(true, true);
+      for (const auto& scope : scopes_) settled(*scope, true);
       flush_all();
       borrow(growth, Reach::kOtherStreams);
     }
@@ -237,7 +241,7 @@ void CachingAllocator::take_from_pool(Growth& growth, std::size_t pages, Effort 
       const std::size_t there =
           effort == Effort::kNone ? pool_->unclaimed() : pool_->available(pool_lock);
       const std::size_t free = pool_->stats_locked(pool_lock).free_pages;
-      pages = std::min(pages - 1, pages <= there ? free : there);
+      pages = std::min(pages > free ? std::max(pages / 2, free) : pages - 1, there);
     }
   }
 }
@@ -265,15 +269,13 @@ void CachingAllocator::borrow(Growth& growth, Reach reach) {
 
 // Whether work that `stream` is given from now on may use a free block's pages.
 bool CachingAllocator::may_use(Arena& arena, Block* block, Stream stream, Reach reach) {
-  Scope& scope = arena.scope();
-  const bool others = reach == Reach::kOtherStreams;
-  if (!settled(scope, false)) {
-    if (!others || !scope.owed_fences.empty()) return false;
-    for (const auto& fence : scope.fences) fence->order_before(stream);
-  }
+  if (!settled(arena.scope(), false)) return false;
   if (reach != Reach::kDone && arena.stream() == stream) return true;
+  if (arena.known_done(block)) return true;
+  // During a capture no event is recorded: it could become part of the graph.
+  if (!captures_.empty()) return false;
   if (arena.fence_done(block)) return true;
-  if (!others) return false;
+  if (reach != Reach::kOtherStreams) return false;
   if (const std::shared_ptr<Fence> fence = arena.fence()) fence->order_before(stream);
   return true;
 }
@@ -284,10 +286,7 @@ std::vector<Block*> CachingAllocator::idle_blocks() {
   for (const auto& scope : scopes_) {
     if (scope->paused || scope->pinned()) continue;
     for (const auto& arena : scope->arenas) {
-      // A fence in a stream that is captured would become part of the graph.
-      const bool captured = capturing(arena->stream());
       arena->for_each_free([&](Block* block) {
-        if (captured && !arena->known_done(block)) return;
         if (block->range->whole_pages(block->address, block->end()) > 0) idle.push_back(block);
       });
     }
@@ -327,13 +326,22 @@ void CachingAllocator::map_unmapped(Growth& growth) {
   }
 }
 
+// In the tables, before anything is mapped: a commit must not fail.
+void CachingAllocator::make_room(const Growth& growth) {
+  if (owner_.size() < pool_->page_slots()) owner_.resize(pool_->page_slots());
+  for (const Block* block : growth.unmapped()) {
+    std::vector<PageId>& pages = block->range->pages;
+    const std::size_t end = block->range->page_index(block->end() - 1) + 1;
+    if (pages.size() < end) pages.resize(end, kNoPage);
+  }
+}
+
 void CachingAllocator::commit(Growth& growth) {
   std::size_t at = 0;
   for (Block* block : growth.mapped) {
     Range& range = *block->range;
     const std::size_t first = range.page_index(block->address);
     const std::size_t n = block->bytes / page_bytes_;
-    if (range.pages.size() < first + n) range.pages.resize(first + n, kNoPage);
     for (std::size_t i = 0; i < n; ++i) {
       const PageId page = growth.pages[at++];
       range.pages[first + i] = page;
@@ -370,7 +378,6 @@ void CachingAllocator::commit(Growth& growth) {
 }
 
 void CachingAllocator::set_owner(PageId page, Range& range, std::size_t index) {
-  if (owner_.size() <= page) owner_.resize(pool_->page_slots());
   owner_[page] = {&range, index};
 }
 

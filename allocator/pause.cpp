@@ -102,6 +102,7 @@ void CachingAllocator::pause(TagId tag, bool backup, void* host, std::size_t hos
                                 "' before or after");
   }
   poll_pending(true, true);
+  flush_all();  // a slab without live pieces is no live block
   std::size_t bytes = 0;
   for_each_live(scope, [&](Block* b) { bytes += b->bytes; });
   if (backup && host != nullptr && host_bytes < bytes) {
@@ -133,10 +134,10 @@ void CachingAllocator::pause(TagId tag, bool backup, void* host, std::size_t hos
 // Runs copies of all live blocks on a stream of their own, and waits for them, also when one fails:
 // their memory is about to go.
 template <typename F>
-void CachingAllocator::copy_all(Scope& scope, F copy) {
+void CachingAllocator::copy_all(const std::vector<Block*>& live, F copy) {
   const CopyStream stream(pool_->driver());
   try {
-    for_each_live(scope, [&](Block* block) { copy(block, stream.get()); });
+    for (Block* block : live) copy(block, stream.get());
     pool_->driver().synchronize(stream.get());
   } catch (const std::exception&) {
     try {
@@ -148,11 +149,20 @@ void CachingAllocator::copy_all(Scope& scope, F copy) {
   }
 }
 
+std::vector<Block*> CachingAllocator::live_blocks(Scope& scope) {
+  std::vector<Block*> live;
+  for_each_live(scope, [&](Block* block) { live.push_back(block); });
+  return live;
+}
+
 void CachingAllocator::save(Scope& scope, void* host, std::size_t bytes) {
   if (host == nullptr) scope.backup.resize(bytes);
   scope.backup_at = host != nullptr ? static_cast<std::byte*>(host) : scope.backup.data();
+  const std::vector<Block*> live = live_blocks(scope);
   std::byte* at = scope.backup_at;
-  copy_all(scope, [&](Block* block, Stream stream) {
+  // It takes its time. Who needs pages meanwhile, with the pool's lock, may take idle ones from us.
+  const Parked parked(parked_);
+  copy_all(live, [&](Block* block, Stream stream) {
     block->backup_offset = static_cast<std::size_t>(at - scope.backup_at);
     pool_->driver().copy_to_host(at, block->address, block->bytes, stream);
     at += block->bytes;
@@ -240,6 +250,7 @@ void CachingAllocator::map_live(Scope& scope, DeviceLock& pool_lock) {
     }
   }
   PageRefs refs = pages_for_resume(scope, homes, pool_lock);
+  if (owner_.size() < pool_->page_slots()) owner_.resize(pool_->page_slots());
   std::size_t at = 0, done = 0;
   try {
     for (const Piece& piece : pieces) {
@@ -289,6 +300,9 @@ PageRefs CachingAllocator::pages_for_resume(Scope& scope, std::span<const Addres
     return homes.size() > allowed ? homes.size() - allowed : 0;
   };
   try {
+    if (homes.size() > allowed_pages(scope, false)) {
+      throw OutOfPages("the budget of the tag is " + size_text(scope.budget_pages * page_bytes_));
+    }
     const std::size_t unclaimed = pool_->unclaimed();
     const std::size_t wanted = homes.size() - std::min(homes.size(), unclaimed);
     if (wanted > 0 || lacking() > 0) give_back(std::max(wanted, lacking()), true, pool_lock);
@@ -302,7 +316,7 @@ PageRefs CachingAllocator::pages_for_resume(Scope& scope, std::span<const Addres
 }
 
 void CachingAllocator::restore(Scope& scope) {
-  copy_all(scope, [&](Block* block, Stream stream) {
+  copy_all(live_blocks(scope), [&](Block* block, Stream stream) {
     if (block->backup_offset == kNoBackup) return;
     pool_->driver().copy_from_host(block->address, scope.backup_at + block->backup_offset,
                                    block->bytes, stream);

@@ -78,8 +78,9 @@ Figures CachingAllocator::figures() {
     for (const auto& arena : scope->arenas) {
       std::int64_t segments = 0;
       for (const auto& range : arena->ranges()) {
+        const std::vector<bool> shadow = shadow_pages(*range);
         segments += static_cast<std::int64_t>(
-            stretches(*range, true, [](std::size_t) { return true; }).size());
+            stretches(*range, true, [&](std::size_t i) { return !shadow[i]; }).size());
       }
       out.all.segments += segments;
       out.kinds[static_cast<std::size_t>(arena->kind())].segments += segments;
@@ -205,6 +206,37 @@ void CachingAllocator::check() {
   pool_->check(pool_lock);
 }
 
+// Every slab with free pieces is on its list, once; what is mapped and not merged is counted.
+void CachingAllocator::check_slabs() const {
+  const auto require = [](bool holds, const char* what) {
+    if (!holds) throw InvariantError(std::string("slabs: ") + what);
+  };
+  std::size_t with_free = 0, on_lists = 0, quick = 0;
+  for (const auto& [address, slab] : slabs_) {
+    with_free += slab->free_mask != 0;
+    if (slab->empty()) quick += kSlabBytes;
+  }
+  for (const auto& scope : scopes_) {
+    for (const auto& arena : scope->arenas) {
+      for (const Slab* first : arena->partial) {
+        const Slab* before = nullptr;
+        for (const Slab* slab = first; slab != nullptr; before = slab, slab = slab->next) {
+          require(slab->prev == before && slab->home == arena.get(), "a list is broken");
+          require(slab->free_mask != 0, "one on a list is full");
+          ++on_lists;
+        }
+      }
+      for (const auto& range : arena->ranges()) {
+        for (const Block* b = range->first; b != nullptr; b = b->next) {
+          if (b->state == BlockState::kQuick) quick += b->bytes;
+        }
+      }
+    }
+  }
+  require(on_lists == with_free, "one with free pieces is on no list");
+  require(quick == quick_bytes_.load(), "quick bytes are miscounted");
+}
+
 void CachingAllocator::check_locked(const DeviceLock&) {
   const auto require = [](bool holds, const std::string& what) {
     if (!holds) throw InvariantError("allocator: " + what);
@@ -244,6 +276,9 @@ void CachingAllocator::check_locked(const DeviceLock&) {
           ++mappings[page];
           if (shadow[i]) {
             ++shadows;
+            const Place& home = owner_[page];
+            require(home.range == nullptr || home.range->pages[home.index] == page,
+                    "a shadow's page belongs to a place that has another");
             continue;
           }
           require(owner_[page].range == range.get() && owner_[page].index == i,
@@ -274,6 +309,10 @@ void CachingAllocator::check_locked(const DeviceLock&) {
   require(indexed == by_address_.size(), "the index has entries of no block");
   require(active == requests_.active_blocks(), "active blocks are miscounted");
   require(active_bytes == requests_.active_bytes(), "active bytes are miscounted");
+  check_slabs();
+  std::uint64_t live_of_tags = 0;
+  for (const auto& scope : scopes_) live_of_tags += scope->figures->live.load();
+  require(live_of_tags == requests_.live_bytes(), "live bytes of tags are miscounted");
   for (const PendingFree& pending : pending_) {
     require(users_.find(pending.address) == users_.end(), "a pending block has users still");
   }

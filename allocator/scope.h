@@ -26,8 +26,8 @@ struct Scope {
   // A graph pool: those who capture into it or may replay what they captured. While there are any,
   // its pages stay where they are, free or not.
   std::uint32_t graph_users = 0;
-  // Of a released one: streams that may be replaying still, and events behind what they were given.
-  std::vector<Stream> owed_fences;
+  // Of a released one: a replay may be running still, on any stream.
+  bool may_replay = false;
   std::vector<std::shared_ptr<Fence>> fences;
   bool paused = false;
   std::size_t owned_pages = 0;   // mapped for its blocks, and for its free blocks

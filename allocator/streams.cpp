@@ -4,6 +4,11 @@
 #include "caching_allocator.h"
 
 namespace vattn {
+namespace {
+
+constexpr int kManyReleased = 8;
+
+}  // namespace
 
 void CachingAllocator::record_stream(void* address, Stream stream) {
   if (address == nullptr) return;
@@ -35,30 +40,34 @@ void CachingAllocator::record_stream(void* address, Stream stream) {
 
 // Whether a stream is being captured, as far as those who capture have told us.
 bool CachingAllocator::capturing(Stream stream) {
-  return std::any_of(captures_.begin(), captures_.end(),
-                     [&](const Capture& capture) { return capture.filter(stream); });
+  return std::any_of(captures_.begin(), captures_.end(), [&](const Capture& capture) {
+    try {
+      return capture.filter(stream);
+    } catch (const std::exception&) {
+      return true;  // PyTorch's asks the driver; without an answer no event is recorded
+    }
+  });
 }
 
 // Marks the end of what other streams do with a block that is freed now. An event in a stream that
-// is being captured would become part of the graph, so such blocks wait for the capture's end.
+// is being captured would become part of the graph, and a capture begins a moment after it was told
+// to us: during one such blocks wait for its end. Those whose events the driver refuses wait, too:
+// whoever frees a tensor cannot be told.
 bool CachingAllocator::begin_pending(Address address) {
   const auto found = users_.find(address);
   if (found == users_.end()) return false;
-  const bool defer = std::any_of(found->second.begin(), found->second.end(),
-                                 [this](Stream stream) { return capturing(stream); });
-  if (defer) {
-    deferred_.push_back(address);
-    return true;
-  }
-  PendingFree pending{address, {}};
+  PendingFree pending{address, found->second, {}};
   try {
+    if (!captures_.empty()) {
+      deferred_.push_back(address);
+      return true;
+    }
     for (const Stream stream : found->second) {
       if (auto fence = fence_in(pool_->driver_ptr(), stream)) {
         pending.fences.push_back(std::move(fence));
       }
     }
-  } catch (const DriverError& error) {
-    // Whoever frees a tensor cannot be told. It is tried again at the next growth.
+  } catch (const DriverError&) {
     deferred_.push_back(address);
     return true;
   }
@@ -78,7 +87,7 @@ void CachingAllocator::start_deferred() {
 // request's way only the oldest is asked about, which costs one query.
 void CachingAllocator::poll_pending(bool all, bool wait) {
   if (all && captures_.empty()) start_deferred();
-  const auto is_done = [wait](PendingFree& pending) {
+  const auto is_done = [wait](const PendingFree& pending) {
     for (const auto& fence : pending.fences) {
       if (wait) fence->wait();
       if (!fence->done()) return false;
@@ -86,10 +95,22 @@ void CachingAllocator::poll_pending(bool all, bool wait) {
     return true;
   };
   for (std::size_t i = 0; i < pending_.size();) {
-    if (is_done(pending_[i])) {
-      const Address address = pending_[i].address;
+    bool done = false, failed = false;
+    try {
+      done = is_done(pending_[i]);
+    } catch (const DriverError& error) {
+      if (error.fatal()) throw;
+      failed = true;  // an event that got into a graph, or the like: others take its place
+    }
+    if (done || failed) {
+      PendingFree pending = std::move(pending_[i]);
       pending_.erase(pending_.begin() + static_cast<std::ptrdiff_t>(i));
-      finish_free(address);
+      if (done) {
+        finish_free(pending.address);
+      } else {
+        users_[pending.address] = std::move(pending.users);
+        deferred_.push_back(pending.address);
+      }
     } else if (all) {
       ++i;
     } else {
@@ -158,21 +179,22 @@ void CachingAllocator::begin_graph_pool(GraphPoolId id, std::function<bool(Strea
 }
 
 void CachingAllocator::drop_released() {
-  const bool any = std::any_of(scopes_.begin(), scopes_.end(), [](const auto& scope) {
+  const auto released = std::count_if(scopes_.begin(), scopes_.end(), [](const auto& scope) {
     return scope->is_graph && scope->graph_users == 0;
   });
-  if (!any) return;
+  if (released == 0) return;
   DeviceLock pool_lock = park_and_lock_pool();
   const Busy busy(busy_);
-  drop_released_scopes(pool_lock);
+  drop_released_scopes(released >= kManyReleased, pool_lock);
 }
 
 // Fences behind what has been freed, while there may be some: none can be recorded in a stream once
 // it is captured, and then nobody could have what is idle there.
 void CachingAllocator::mark_freed() {
+  if (!captures_.empty()) return;
   for (const auto& scope : scopes_) {
     for (const auto& arena : scope->arenas) {
-      if (scope->pinned() || capturing(arena->stream())) continue;
+      if (scope->pinned()) continue;
       try {
         arena->fence();
       } catch (const DriverError& error) {
@@ -195,7 +217,8 @@ void CachingAllocator::end_graph_pool(GraphPoolId id) {
 }
 
 // The last user's release makes the pool's memory ordinary. A replay may have been on any stream,
-// so its pages go to others only behind everything that any stream known here has been given.
+// also on one that is not known here, so others get its pages only after one wait for the device:
+// where they are asked for with time to wait, or when many such pools have gathered.
 void CachingAllocator::release_graph_pool(GraphPoolId id) {
   const Lock guard = lock();
   Scope* scope = graph_scope(id);
@@ -204,23 +227,11 @@ void CachingAllocator::release_graph_pool(GraphPoolId id) {
                                 std::to_string(id.second) + ") to release");
   }
   if (--scope->graph_users > 0) return;
+  scope->may_replay = true;
   // PyTorch destroys a graph whose capture failed without ending it.
   std::erase_if(captures_, [&](const Capture& capture) { return capture.id == id; });
-  if (captures_.empty()) start_deferred();
-  scope->owed_fences = known_streams();
   for (const auto& arena : scope->arenas) arena->set_gives(true);
-}
-
-std::vector<Stream> CachingAllocator::known_streams() const {
-  std::vector<Stream> streams;
-  for (const auto& scope : scopes_) {
-    for (const auto& arena : scope->arenas) {
-      if (std::find(streams.begin(), streams.end(), arena->stream()) == streams.end()) {
-        streams.push_back(arena->stream());
-      }
-    }
-  }
-  return streams;
+  if (captures_.empty()) start_deferred();
 }
 
 }  // namespace vattn

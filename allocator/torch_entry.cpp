@@ -64,7 +64,18 @@ class UnderTag {
   const TagId before_;
 };
 
-Stream number(TorchStream stream) { return reinterpret_cast<Stream>(stream); }
+// CUDA has two handles that stand for streams: of the legacy default stream, which is 0 here, and
+// of one that is another in each thread, whose memory would be reused too early.
+Stream number(TorchStream stream) {
+  constexpr Stream kLegacy = 1, kPerThread = 2;
+  const auto handle = reinterpret_cast<Stream>(stream);
+  if (handle == kPerThread) {
+    throw std::invalid_argument(
+        "the stream is cudaStreamPerThread, which is another one in each thread; use a stream of "
+        "its own");
+  }
+  return handle == kLegacy ? 0 : handle;
+}
 
 void set_fraction(double fraction, int device) {
   CachingAllocator& allocator = Registry::of_process().get(device);

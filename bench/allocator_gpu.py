@@ -37,6 +37,8 @@ from bench.provenance import ROOT, gpu_missing
 
 OURS, TORCH = "vattn", ("native", "expandable")
 _CONF = {"native": "expandable_segments:False", "expandable": "expandable_segments:True"}
+# Of PyTorch's settings: the name of newer versions, and of all.
+_CONF_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 # A process has at least so long, whatever is left of the budget.
 _LEAST_S = 60.0
 _BUILD_S = 120.0
@@ -51,10 +53,9 @@ def run_way(way: str, device: str, traces: Path | None, limit_s: float) -> Json:
     Raises:
         RuntimeError: it failed, or took longer; the message has the end of what it said.
     """
-    told = {k: v for k, v in os.environ.items() if k not in ("PYTORCH_ALLOC_CONF", "VATTN_BUDGET")}
-    told.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+    told = {k: v for k, v in os.environ.items() if k not in (*_CONF_NAMES, "VATTN_BUDGET")}
     if way in _CONF:
-        told["PYTORCH_CUDA_ALLOC_CONF"] = _CONF[way]  # the name that all versions know
+        told |= dict.fromkeys(_CONF_NAMES, _CONF[way])
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
         command = [sys.executable, "-m", "bench.allocator_gpu_child", "--way", way]

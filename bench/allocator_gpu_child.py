@@ -2,8 +2,8 @@
 
     python -m bench.allocator_gpu_child --way vattn --json FILE [--traces DIR]
 
-What PyTorch's own allocator does is chosen before it starts, by ``PYTORCH_CUDA_ALLOC_CONF``; that
-it took effect is checked. With ``--traces`` a recorded program is run at the end: under PyTorch's
+What PyTorch's own allocator does is chosen before it starts, by its environment; that it took
+effect is checked. With ``--traces`` a recorded program is run at the end: under PyTorch's
 allocator its history goes to ``DIR/<way>.npz``, under vattn it only runs.
 """
 
@@ -107,6 +107,8 @@ def recorded(way: str, device: torch.device, traces: Path) -> Json:
 def run(way: str, device: torch.device, traces: Path | None) -> Json:
     """Everything that one process measures."""
     size = SIZES[device.type]
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # small matrices; two threads only wait for each other
     memory = Memory(device, begin(way, device))
     warm_up(size, device, memory)
     found: Json = {

@@ -22,7 +22,7 @@ namespace vattn {
   X(cuInit) X(cuGetErrorName) X(cuGetErrorString)                                                 \
   X(cuDeviceGetCount) X(cuDeviceGet) X(cuDeviceGetName) X(cuDeviceGetAttribute)                   \
   X(cuDevicePrimaryCtxRetain) X(cuDevicePrimaryCtxRelease) X(cuCtxGetCurrent) X(cuCtxSetCurrent)  \
-  X(cuThreadExchangeStreamCaptureMode)                                                            \
+  X(cuCtxSynchronize) X(cuThreadExchangeStreamCaptureMode)                                        \
   X(cuMemGetAllocationGranularity) X(cuMemAddressReserve) X(cuMemAddressFree) X(cuMemCreate)      \
   X(cuMemRelease) X(cuMemMap) X(cuMemUnmap) X(cuMemSetAccess) X(cuMemGetInfo)                     \
   X(cuMemcpyDtoDAsync) X(cuMemcpyDtoHAsync) X(cuMemcpyHtoDAsync) X(cuMemsetD8Async)               \

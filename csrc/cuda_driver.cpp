@@ -369,6 +369,13 @@ void CudaDriver::synchronize(Stream stream) {
               {address_arg("stream", stream)});
 }
 
+void CudaDriver::synchronize_all() {
+  ensure_usable();
+  const RelaxedEntry entry(*this);
+  count(Op::kEvent, 1);
+  api_->check(api_->cuCtxSynchronize(), "cuCtxSynchronize");
+}
+
 void CudaDriver::destroy_stream(Stream stream) {
   ensure_usable();
   if (stream == 0) return;

@@ -41,6 +41,7 @@ class CudaDriver final : public Driver {
 
   Stream create_stream() override;
   void synchronize(Stream stream) override;
+  void synchronize_all() override;
   void destroy_stream(Stream stream) override;
 
  private:

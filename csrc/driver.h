@@ -142,6 +142,8 @@ class Driver {
   virtual Stream create_stream() { return 0; }
   virtual void destroy_stream(Stream) {}
   virtual void synchronize(Stream) {}
+  // Waits for all work on the device, whatever stream it is in. Not while a graph is captured.
+  virtual void synchronize_all() {}
 
   DriverCounters counters() const noexcept;
 

@@ -111,7 +111,8 @@ PageRefs PagePool::acquire(std::span<const Address> homes, DeviceLock& lock, std
   PageRefs refs(*this);
   const std::size_t n = homes.size();
   if (n == 0) return refs;
-  if (over_budget(lock)) settle(lock);  // what became stale meanwhile goes back before anything new
+  if (over_budget(lock))
+    settle(lock, most);  // what became stale meanwhile goes back before anything new
   if (available(lock) < n + reserved) {
     count_refusal(most);
     throw_out_of_pages(n, reserved, lock);
@@ -284,10 +285,10 @@ void PagePool::set_budget(std::size_t bytes) {
   figures_->budget.store(pages * page_bytes_, std::memory_order_relaxed);
 }
 
-void PagePool::settle(DeviceLock& lock) {
+void PagePool::settle(DeviceLock& lock, Effort most) {
   if (created_ <= budget_pages_) return;
   const std::size_t excess = created_ - budget_pages_;
-  if (free_.size() < excess) reclaim(excess - free_.size(), lock);
+  if (free_.size() < excess) reclaim(excess - free_.size(), lock, most);
   destroy_free(excess);
 }
 

@@ -48,7 +48,8 @@ class Reclaimer {
   // Gives back at least `pages` pages if it can and returns how many reached the pool's free list.
   virtual std::size_t reclaim(std::size_t pages, Effort effort, DeviceLock& lock) = 0;
   // Pages that it could give and that the pool takes for live, because it uses them again without
-  // the device lock: the number may have changed by the next moment.
+  // the device lock: the number may have changed by the next moment, and some may have to be waited
+  // for.
   virtual std::size_t idle_pages(const DeviceLock&) noexcept { return 0; }
 };
 
@@ -178,7 +179,7 @@ class PagePool {
   // Destroys free pages beyond `keep_bytes`; returns the bytes given back.
   std::size_t trim(std::size_t keep_bytes, DeviceLock& lock);
   // Destroys pages beyond the budget, reclaiming stale ones for it.
-  void settle(DeviceLock& lock);
+  void settle(DeviceLock& lock, Effort most = Effort::kWait);
 
   // Takes stale pages from the caches into the free list, the cheapest first; returns how many
   // came.

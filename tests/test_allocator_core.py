@@ -291,3 +291,34 @@ def test_settings_below_a_page_are_refused(allocator: Allocator) -> None:
         allocator.core.set_tag_budget(0, 10 * allocator.page)
     with pytest.raises(ValueError, match="a tag needs a name"):
         _core.tag_id("")
+
+
+def test_the_kv_cache_takes_a_page_and_leaves_the_arrangement(driver: _core.Driver) -> None:
+    """Shadows of other pages than those that it gets stay mapped."""
+    allocator = Allocator(driver, pages=400)
+    tag = _core.tag_id("arranged")
+    for under in (0, tag):
+        blocks = [allocator.pages(20, tag=under) for _ in range(18)]
+        for block in blocks:
+            allocator.free(block)
+    shadows = allocator.figures["shadow_bytes"]
+    assert shadows > 0
+    calls = driver.counters()["unmap"][0]
+    kv = _core.VirtualRange(allocator.pool.core, rows=100, row_bytes=allocator.page)
+    kv.commit(0, 50)
+    assert allocator.figures["shadow_bytes"] == shadows
+    assert driver.counters()["unmap"][0] - calls <= 2
+    kv.close()
+    allocator.end()
+
+
+def test_figures_and_segments_agree(driver: _core.Driver) -> None:
+    allocator = Allocator(driver, pages=60)
+    blocks = [allocator.pages(20) for _ in range(3)]
+    allocator.free(blocks[1])
+    allocator.pages(20, tag=_core.tag_id("apart"))
+    assert allocator.figures["shadow_bytes"] > 0
+    assert allocator.figures["all"]["segments"] == len(allocator.core.segments())
+    for address in list(allocator.live):
+        allocator.free(address)
+    allocator.end()

@@ -9,6 +9,7 @@ import pytest
 
 from tests.allocator_model import PAGE, Allocator
 from tests.drivers import FakeMemory, make_driver
+from tests.fake_cuda.fake import StreamMode
 from vattn import _core
 
 if TYPE_CHECKING:
@@ -201,20 +202,67 @@ def test_two_captures_at_once(device: Device) -> None:
 
 
 def test_a_released_pools_memory_waits_for_the_last_replay(device: Device) -> None:
-    """On whatever stream it was: the graph's allocations tell nothing of it."""
-    device.allocator.free(device.allocator.pages(1, device.main))
+    """On whatever stream it was, also on one that never asked for memory."""
     with device.capture(ONE):
         a = device.node(80)
         device.core.free(a)
-    device.fake.hold(device.main)
-    device.replay(9, (a, 80))
+    stranger = device.driver.create_stream()
+    device.fake.stream_mode(stranger, StreamMode.LAZY)
+    device.replay(9, (a, 80), stream=stranger)
     device.core.release_graph_pool(ONE)
+    assert device.fake.pending(stranger) == 1
+    device.fake.launch(stranger, [(a, 80 * PAGE)], "replay")
     b = device.core.allocate(90 * PAGE, device.side)
+    assert device.fake.pending(stranger) == 0
     device.driver.fill(b, 4, 90 * PAGE, device.side)
     device.core.check()
-    device.fake.release(device.main)
     assert device.holds(4, b, 90)
     device.core.free(b)
+    device.allocator.trim()
+    device.driver.destroy_stream(stranger)
+
+
+def test_an_old_pools_output_dies_during_a_new_capture(device: Device) -> None:
+    """No event is recorded in a stream that is being captured."""
+    with device.capture(ONE):
+        out = device.core.allocate(3000, device.side)
+    device.core.release_graph_pool(ONE)
+    with device.capture(TWO):
+        device.core.free(out)
+        node = device.core.allocate(40 * PAGE, device.side)
+        device.core.check()
+    device.core.free(node)
+    device.core.release_graph_pool(TWO)
+
+
+def test_many_released_pools_do_not_use_up_the_addresses(device: Device) -> None:
+    for i in range(40):
+        pool = (0, 10 + i)
+        with device.capture(pool):
+            node = device.core.allocate(3 * PAGE, device.side)
+        device.core.free(node)
+        device.core.release_graph_pool(pool)
+    device.core.check()
+    assert device.driver.counters()["reserve"][0] - device.driver.counters()["release"][0] < 20
+
+
+def test_a_released_pool_that_cannot_be_unmapped_is_free_as_before(device: Device) -> None:
+    with device.capture(ONE):
+        nodes = [
+            device.core.allocate(30 * PAGE, device.side),
+            device.core.allocate(3000, device.side),
+        ]
+    for node in nodes:
+        device.core.free(node)
+    device.core.release_graph_pool(ONE)
+    device.fake.fail("cuMemUnmap", code=304)
+    with pytest.raises(_core.DriverError):
+        device.core.trim()
+    device.core.check()
+    device.fake.clear_failures()
+    big = device.core.allocate(90 * PAGE, device.main)
+    device.core.check()
+    device.core.free(big)
 
 
 def test_outputs_outlive_the_release(device: Device) -> None:

@@ -17,11 +17,13 @@ from bench.allocator_gpu_models import find_or_build, modelled
 from bench.allocator_gpu_programs import PAIR_BYTES, SIZES
 from bench.allocator_native import Replay
 from bench.common import Budget
+from bench.gpu import memcheck, memcheck_allocator
 from bench.partial import Partial
 from bench.report_files import StageFile
 from bench.report_tables import render
 
 MIB = 1 << 20
+WATCHED = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "VATTN_BUDGET")
 GPU = argparse.Namespace(device="cuda", rounds=2)
 
 
@@ -101,7 +103,7 @@ def test_ways_take_turns_and_one_that_fails_costs_only_itself(
 
 
 def test_a_process_that_fails_says_why() -> None:
-    with pytest.raises(RuntimeError, match=r"nothing ended with 2.*invalid choice: 'nothing'"):
+    with pytest.raises(RuntimeError, match=r"(?s)nothing ended with 2.*invalid choice: 'nothing'"):
         bench.allocator_gpu.run_way("nothing", "cpu", None, 100)
 
 
@@ -121,6 +123,31 @@ def test_a_recording_goes_through_the_model_of_its_policy(
     assert found["modelled_bytes"] == peak * MIB
     assert found["off_by"] == pytest.approx(peak / 20 - 1)
     assert found["peak_live_bytes"] == 19 * MIB + 4096
+
+
+def test_the_program_for_memcheck() -> None:
+    assert memcheck_allocator.run("cpu") == {"steps": memcheck_allocator.STEPS}
+    module = "bench.gpu.memcheck_allocator"
+    assert memcheck.command("tool", module)[-3:] == ["-m", module, "--run"]
+    assert memcheck.command("tool")[-2:] == ["bench.gpu.memcheck", "--run"]
+
+
+def test_pytorchs_settings_are_those_of_the_way(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    monkeypatch.setenv("VATTN_BUDGET", "1GiB")
+    told: list[set[str]] = []
+
+    def fake(command: list[str], env: dict[str, str], **_: Any) -> Any:
+        told.append({value for name, value in env.items() if name in WATCHED})
+        Path(command[command.index("--json") + 1]).write_text("{}")
+        return argparse.Namespace(returncode=0)
+
+    monkeypatch.setattr("bench.allocator_gpu.subprocess.run", fake)
+    for way in WAYS:
+        bench.allocator_gpu.run_way(way, "cpu", tmp_path, 1)
+    assert told == [{"expandable_segments:False"}, {"expandable_segments:True"}, set()]
 
 
 def test_what_is_built_is_not_built_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.allocator_scripts.spawn import output_of, scenario, spawn
+from tests.gpu.allocator_scripts.spawn import DEVICE, output_of, scenario, spawn
 
 SCENARIOS = {
     "graphs": (
@@ -21,7 +21,7 @@ SCENARIOS = {
     ),
     "streams": ("record_stream", "memory_of_another_stream", "threads", "loader"),
     "memory": ("out_of_memory", "fraction"),
-    "serving": ("one_pool", "swaps_with_pause"),
+    "serving": ("one_pool", "one_pool_with_graphs", "swaps_with_pause"),
     "refused": ("too_late", "twice", "undone", "mem_pool", "graph_trees"),
 }
 ALL = [(module, name) for module, names in SCENARIOS.items() for name in names]
@@ -37,8 +37,6 @@ Scenario = tuple[str, str]
 @pytest.fixture(scope="module")
 def started(request: pytest.FixtureRequest) -> Iterator[dict[Scenario, Future[Any]]]:
     """The scenarios that this run has selected."""
-    from tests.gpu.conftest import DEVICE
-
     calls = (getattr(item, "callspec", None) for item in request.session.items)
     chosen = [call.params["which"] for call in calls if call and "which" in call.params]
     if DEVICE != "cuda":

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.allocator_scripts.spawn import HERE, output_of, spawn
+from tests.gpu.allocator_scripts.spawn import DEVICE, HERE, output_of, spawn
 
 SCRIPT = str(HERE / "train.py")
 WAYS = ("enable", "pool", "run")
@@ -30,8 +30,6 @@ def run(way: str, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
 @pytest.fixture(scope="module")
 def found() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """Of all ways, run side by side: nothing of them depends on how much memory is free."""
-    from tests.gpu.conftest import DEVICE
-
     # vattn.run refuses a torch without CUDA, as enable() does.
     ways = ("native", *WAYS) if DEVICE == "cuda" else ("native", *WAYS[:2])
     with ThreadPoolExecutor(len(ways) if DEVICE == "cuda" else 1) as workers:

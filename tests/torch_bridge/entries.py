@@ -110,7 +110,7 @@ def threads(kind: str) -> None:
     with world(kind) as here:
         streams = [here.pool.driver.create_stream() for _ in range(2)]
         if kind != "cuda_fake":
-            streams = [1, 2]
+            streams = [11, 12]
         wrong: list[BaseException] = []
         inbox: list[list[torch.Tensor]] = [[], []]
 

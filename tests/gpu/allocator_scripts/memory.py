@@ -75,7 +75,7 @@ def pause(device: str) -> None:
         for i, w in enumerate(weights):
             w.fill_(i + 100)
         assert all(holds(w, i + 100) for i, w in enumerate(weights))
-        del weights, small
+        del weights, small, w
         settle(device)
         allocator.trim()
         assert free_bytes(device) - before >= size - 16 * MIB

@@ -10,9 +10,9 @@ import vattn
 from tests.gpu.allocator_scripts.begin import MIB, check, core, enabled, fill_up, main
 from vattn import allocator
 
-# 16 KiB of keys and values for each token.
+# 32 KiB of keys and values for each token in float32.
 LAYERS, HEADS, HEAD_DIM = 4, 8, 128
-TOKENS = 600
+TOKENS, NEW_TOKENS = 600, 16
 
 
 def make_model() -> Any:
@@ -36,46 +36,66 @@ def make_model() -> Any:
     return model.eval()
 
 
+def make_engine(device: str, dtype: str, **options: Any) -> vattn.LLM:
+    return vattn.LLM(
+        make_model(),
+        device=device,
+        dtype=dtype,
+        skip_tokenizer_init=True,
+        max_model_len=1024,
+        max_num_seqs=4,
+        max_num_batched_tokens=256,
+        swap_space=0,
+        **options,
+    )
+
+
+def generate(llm: vattn.LLM) -> list[list[int]]:
+    prompts: list[Any] = [
+        {"prompt_token_ids": [3 + (i * 7 + k * 11) % 250 for i in range(TOKENS)]} for k in range(4)
+    ]
+    params = vattn.SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    samples = [out.outputs[0] for out in llm.generate(prompts, params, use_tqdm=False)]
+    assert not any(sample.error for sample in samples)
+    llm.engine.check()
+    return [list(sample.token_ids) for sample in samples]
+
+
 def one_pool(device: str) -> None:
     """Tensors take the prefix cache's pages; then the engine grows again, with the same tokens."""
     budget = 1024 * MIB if device == "cuda" else 256 * MIB
-    with enabled(device, budget), torch.inference_mode():
-        with vattn.LLM(
-            make_model(),
-            device=device,
-            dtype="bfloat16" if device == "cuda" else "float32",
-            skip_tokenizer_init=True,
-            max_model_len=1024,
-            max_num_seqs=4,
-            max_num_batched_tokens=256,
-            swap_space=0,
-        ) as llm:
-            cache = llm.engine.cache
-            assert cache.pool.core is core().pool
-            prompts: list[Any] = [
-                {"prompt_token_ids": [3 + (i * 7 + k * 11) % 250 for i in range(TOKENS)]}
-                for k in range(4)
-            ]
-            params = vattn.SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
-
-            def generate() -> list[list[int]]:
-                done = llm.generate(prompts, params, use_tqdm=False)
-                return [list(output.outputs[0].token_ids) for output in done]
-
-            first = generate()
-            kept = cache.stats().kept_bytes
-            assert kept >= 8 * MIB, f"only {kept} bytes are kept as prefix cache"
-            held = fill_up(8 * MIB, device)
-            left = cache.stats().kept_bytes
-            assert left < kept // 2, f"tensors found no memory, and {left} bytes are kept"
-            taken = sum(tensor.nbytes for tensor in held)
-            assert taken >= budget // 2, f"only {taken} bytes of {budget}"
-            del held
-            assert generate() == first
-            assert cache.stats().kept_bytes >= 8 * MIB, "the engine did not grow again"
-            llm.engine.check()
+    with enabled(device, budget):
+        with make_engine(device, "float32") as llm:
+            assert llm.engine.cache.pool.core is core().pool
+            first = generate(llm)
+            take_from(llm, budget, device)
+            assert generate(llm) == first
+            assert llm.engine.cache.stats().kept_bytes >= 8 * MIB, "the engine did not grow again"
         check(device)
         assert allocator.stats(0).budget_bytes == budget
+
+
+def one_pool_with_graphs(device: str) -> None:
+    """The same with decode steps that are CUDA graphs, in bf16, whose tokens may differ."""
+    budget = 1024 * MIB
+    with enabled(device, budget):
+        with make_engine(device, "bfloat16", cudagraph_capture_sizes=[1, 2, 4]) as llm:
+            for _ in range(3):
+                assert [len(tokens) for tokens in generate(llm)] == [NEW_TOKENS] * 4
+                take_from(llm, budget, device)
+            assert llm.stats().steps_by_graph > 0
+        check(device)
+
+
+def take_from(llm: vattn.LLM, budget: int, device: str) -> None:
+    """Tensors take all there is, the prefix cache's memory too, and give it back."""
+    kept = llm.engine.cache.stats().kept_bytes
+    assert kept >= 8 * MIB, f"only {kept} bytes are kept as prefix cache"
+    held = fill_up(8 * MIB, device)
+    left = llm.engine.cache.stats().kept_bytes
+    assert left < kept // 2, f"tensors found no memory, and {left} bytes are kept"
+    taken = sum(tensor.nbytes for tensor in held)
+    assert taken >= budget // 2, f"only {taken} bytes of {budget}"
 
 
 def swaps_with_pause(device: str) -> None:
@@ -111,4 +131,4 @@ def swaps_with_pause(device: str) -> None:
 
 
 if __name__ == "__main__":
-    main(one_pool, swaps_with_pause)
+    main(one_pool, one_pool_with_graphs, swaps_with_pause)

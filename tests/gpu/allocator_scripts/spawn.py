@@ -12,6 +12,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
+DEVICE = os.environ.get("VATTN_GPU_TESTS_DEVICE", "cuda")
 LIMIT_S = 200
 _SHOWN_CHARS = 6000
 # What a caller may have set for PyTorch's own allocator is not what is tested.

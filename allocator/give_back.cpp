@@ -16,8 +16,11 @@ void CachingAllocator::flush_all() {
           slab = next;
         }
       }
-      arena->flush();
     }
+  }
+  // After all slabs: one may lie in another arena than the one on whose list it was.
+  for (const auto& scope : scopes_) {
+    for (const auto& arena : scope->arenas) arena->flush();
   }
 }
 
@@ -56,29 +59,39 @@ CachingAllocator::~CachingAllocator() {
 bool CachingAllocator::work_done(const Block& block, bool wait) {
   Arena& arena = block.range->arena;
   if (!settled(arena.scope(), wait)) return false;
+  if (arena.known_done(&block)) return true;
+  if (!captures_.empty()) return false;  // an event could become part of the graph
   if (arena.fence_done(&block)) return true;
   if (!wait) return false;
   if (const std::shared_ptr<Fence> fence = arena.fence()) fence->wait();
   return true;
 }
 
-// Unmaps shadows whose work is done until at most `keep_pages` are left; with `wait` also those
-// whose work is not.
+// Unmaps shadows whose work is done, the oldest first, until at most `keep_pages` are left; with
+// `wait` also those whose work is not.
 void CachingAllocator::drop_shadows(std::size_t keep_pages, bool wait, DeviceLock& pool_lock) {
   if (shadow_pages_ <= keep_pages) return;
+  std::vector<Block*> shadows;
   for (const auto& scope : scopes_) {
     for (const auto& arena : scope->arenas) {
-      if (capturing(arena->stream())) continue;  // a fence there would become part of the graph
-      for (Block* block : arena->shadows()) {
-        if (shadow_pages_ <= keep_pages) return;
-        if (!work_done(*block, wait)) continue;
-        pool_->driver().unmap(block->address, block->bytes);
-        shadow_pages_ -= block->bytes / page_bytes_;
-        forget_pages(block, pool_lock);
-        arena->give_unmapped(block);
-      }
+      const std::vector<Block*> its = arena->shadows();
+      shadows.insert(shadows.end(), its.begin(), its.end());
     }
   }
+  std::sort(shadows.begin(), shadows.end(),
+            [](const Block* a, const Block* b) { return a->freed_at < b->freed_at; });
+  for (Block* block : shadows) {
+    if (shadow_pages_ <= keep_pages) return;
+    if (work_done(*block, wait)) drop_shadow(block, pool_lock);
+  }
+}
+
+void CachingAllocator::drop_shadow(Block* block, DeviceLock& pool_lock) {
+  pool_->driver().unmap(block->address, block->bytes);
+  shadow_pages_ -= block->bytes / page_bytes_;
+  forget_pages(block, pool_lock);
+  // It and its neighbours without pages become one block, which may be another one.
+  block->range->arena.give_unmapped(block);
 }
 
 // More shadows than this are unmapped by a thread with time for it: they cost the device's page
@@ -87,15 +100,16 @@ void CachingAllocator::drop_shadows_in_background() {
   const std::size_t most = 2 * owned_pages_;
   if (shadow_pages_ <= most || mapper_ == nullptr || job_queued_) return;
   try {
+    job_queued_ = true;
     mapper_->submit([this] {
-      const Lock guard = lock();
       job_queued_ = false;
+      const Lock guard = lock();
       DeviceLock pool_lock = park_and_lock_pool();
       const Busy busy(busy_);
       drop_shadows(owned_pages_, false, pool_lock);
     });
-    job_queued_ = true;
   } catch (const std::exception&) {
+    job_queued_ = false;
     // The thread has been stopped; whoever needs pages will drop shadows for them.
   }
 }
@@ -121,15 +135,25 @@ void CachingAllocator::forget_pages(Block* block, const DeviceLock&) {
 // To the pool -----------------------------------------------------------------------------------
 
 // Unmaps up to `pages` idle pages of free blocks, those freed longest ago first, and gives them to
-// the pool. Those whose work is not done are left out, or with `wait` waited for.
+// the pool. Those whose work is not done are left out, or with `wait` waited for. A page is free
+// only where it is mapped nowhere: those without a shadow go first, so that what a program repeats
+// stays arranged as far as it can.
 std::size_t CachingAllocator::give_back(std::size_t pages, bool wait, DeviceLock& pool_lock) {
   flush_all();
-  drop_shadows(0, wait, pool_lock);  // a page is free only where it is mapped nowhere
+  std::size_t given = give_idle(pages, wait, pool_lock);
+  if (given < pages && idle_pages_.load() > 0 && shadow_pages_ > 0) {
+    drop_shadows(0, wait, pool_lock);
+    given += give_idle(pages - given, wait, pool_lock);
+  }
+  return given;
+}
+
+std::size_t CachingAllocator::give_idle(std::size_t pages, bool wait, DeviceLock& pool_lock) {
+  if (pages == 0 || idle_pages_.load() == 0) return 0;
   std::size_t given = 0;
   for (Block* block : idle_blocks()) {
     if (given >= pages) break;
-    if (!work_done(*block, wait)) continue;
-    given += give_pages_of(block, pages - given, pool_lock);
+    if (work_done(*block, wait)) given += give_pages_of(block, pages - given, pool_lock);
   }
   return given;
 }
@@ -222,7 +246,8 @@ std::size_t CachingAllocator::trim(std::size_t keep_bytes) {
   unmap_paused(pool_lock);
   const std::size_t keep = keep_bytes / page_bytes_, idle = idle_pages_.load();
   give_back(idle > keep ? idle - keep : 0, true, pool_lock);
-  drop_released_scopes(pool_lock);
+  if (keep == 0) drop_shadows(0, true, pool_lock);
+  drop_released_scopes(true, pool_lock);
   const std::size_t kept = idle_pages_.load() * page_bytes_;
   return pool_->trim(keep_bytes > kept ? keep_bytes - kept : 0, pool_lock);
 }
@@ -237,38 +262,57 @@ void CachingAllocator::settle() {
 
 // Released graph pools --------------------------------------------------------------------------
 
-// Whether what replays of a graph pool's graphs were given before its release is done. Ordinary
-// scopes are always settled.
+// Whether nothing can be replaying any more that uses a scope's memory; with `wait` it is so
+// afterwards, unless a graph is being captured, during which nobody may wait for the device.
 bool CachingAllocator::settled(Scope& scope, bool wait) {
-  std::erase_if(scope.owed_fences, [&](Stream stream) {
-    if (capturing(stream)) return false;
-    if (auto fence = fence_in(pool_->driver_ptr(), stream))
-      scope.fences.push_back(std::move(fence));
-    return true;
-  });
-  std::erase_if(scope.fences, [&](const std::shared_ptr<Fence>& fence) {
-    if (wait) fence->wait();
-    return fence->done();
-  });
-  return scope.owed_fences.empty() && scope.fences.empty();
+  if (!scope.may_replay) return true;
+  if (!wait || !captures_.empty()) return false;
+  pool_->driver().synchronize_all();
+  for (const auto& each : scopes_) {
+    if (!each->pinned()) each->may_replay = false;
+  }
+  return true;
 }
 
-// Released graph pools in which nothing lives go, with their addresses, once their replays are
-// done.
-void CachingAllocator::drop_released_scopes(DeviceLock& pool_lock) {
+// Released graph pools in which nothing lives go, with their addresses.
+void CachingAllocator::drop_released_scopes(bool wait, DeviceLock& pool_lock) {
+  if (!captures_.empty()) return;
   flush_all();  // their free blocks are known to nobody but them then
-  std::erase_if(scopes_, [&](const std::unique_ptr<Scope>& scope) {
-    if (!scope->is_graph || scope->graph_users > 0 || !settled(*scope, false)) return false;
-    for (const auto& arena : scope->arenas) {
-      if (arena->has_live_blocks() || !arena->shadows().empty()) return false;
-      if (!arena->all_done()) return false;
+  for (std::size_t i = 0; i < scopes_.size();) {
+    Scope& scope = *scopes_[i];
+    const auto& arenas = scope.arenas;
+    const bool empty = scope.is_graph && scope.graph_users == 0 &&
+                       std::all_of(arenas.begin(), arenas.end(), [](const auto& arena) {
+                         return !arena->has_live_blocks() && arena->shadows().empty();
+                       });
+    const bool idle = empty && settled(scope, wait) &&
+                      std::all_of(arenas.begin(), arenas.end(),
+                                  [](const auto& arena) { return arena->all_done(); });
+    if (!idle || !unmap_free(scope, pool_lock)) {
+      ++i;
+      continue;
     }
-    unmap_all(*scope, pool_lock);
-    for (const auto& arena : scope->arenas) {
-      if (!arena->nothing_mapped()) return false;
-    }
-    return true;
-  });
+    scopes_.erase(scopes_.begin() + static_cast<std::ptrdiff_t>(i));
+  }
+}
+
+// Unmaps a scope in which nothing lives; false if the driver failed for some of it, which is free
+// as before then.
+bool CachingAllocator::unmap_free(Scope& scope, DeviceLock& pool_lock) {
+  for (const auto& arena : scope.arenas) arena->set_gives(false);
+  unmap_all(scope, pool_lock);
+  bool all = true;
+  for (const auto& arena : scope.arenas) {
+    if (arena->nothing_mapped()) continue;
+    all = false;
+    break;
+  }
+  if (all) return true;
+  for (const auto& arena : scope.arenas) {
+    arena->rebuild();
+    arena->set_gives(true);
+  }
+  return false;
 }
 
 // What the driver failed to unmap when its tag was paused.
