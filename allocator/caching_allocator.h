@@ -80,8 +80,9 @@ class CachingAllocator final : public Reclaimer {
 
   // Tags. Pausing gives the pages of a tag's blocks back, addresses stay. With `backup` contents
   // are copied to the host (to `host`, which has room for `tag_live_bytes`, or if that is null to
-  // memory of our own) and come back at resume; otherwise they are lost. Both wait for the streams
-  // that used the tag. resume throws OutOfMemory and leaves the tag paused.
+  // memory of our own) and come back at resume; otherwise they are lost. pause waits for the
+  // device, since a tag's blocks may be in use on any stream; not during a capture. resume throws
+  // OutOfMemory and leaves the tag paused.
   std::size_t tag_live_bytes(TagId tag);
   void pause(TagId tag, bool backup, void* host = nullptr, std::size_t host_bytes = 0);
   void resume(TagId tag);
@@ -239,7 +240,6 @@ class CachingAllocator final : public Reclaimer {
 
   // pause.cpp
   Scope& tag_scope(TagId tag, const char* what);
-  void wait_for_scope(Scope& scope);
   template <typename F>
   void for_each_live(Scope& scope, F visit);
   void save(Scope& scope, void* host, std::size_t bytes);

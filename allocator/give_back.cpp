@@ -40,11 +40,11 @@ CachingAllocator::~CachingAllocator() {
       all_gone = false;
     }
   };
+  attempt([&] { pool_->driver().synchronize_all(); });
   attempt([&] { poll_pending(true, true); });
   attempt([&] { drop_shadows(0, true, pool_lock); });
   for (const auto& scope : scopes_) {
     attempt([&] { settled(*scope, true); });
-    attempt([&] { wait_for_scope(*scope); });
     if (!lost_) unmap_all(*scope, pool_lock);
     for (const auto& arena : scope->arenas) all_gone = all_gone && arena->nothing_mapped();
   }

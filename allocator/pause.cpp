@@ -75,24 +75,6 @@ void CachingAllocator::set_tag_budget(TagId tag, std::size_t bytes) {
   scope.figures->budget.store(scope.budget_pages * page_bytes_, std::memory_order_relaxed);
 }
 
-// Until everything is done that was given to streams which use blocks of the scope.
-void CachingAllocator::wait_for_scope(Scope& scope) {
-  std::vector<Stream> streams;
-  for (const auto& arena : scope.arenas) streams.push_back(arena->stream());
-  for_each_live(scope, [&](Block* block) {
-    for (const auto& [address, users] : users_) {
-      if (address >= block->address && address < block->end()) {
-        streams.insert(streams.end(), users.begin(), users.end());
-      }
-    }
-  });
-  std::sort(streams.begin(), streams.end());
-  streams.erase(std::unique(streams.begin(), streams.end()), streams.end());
-  for (const Stream stream : streams) {
-    if (const auto fence = fence_in(pool_->driver_ptr(), stream)) fence->wait();
-  }
-}
-
 void CachingAllocator::pause(TagId tag, bool backup, void* host, std::size_t host_bytes) {
   const Lock guard = lock();
   Scope& scope = tag_scope(tag, "pause");
@@ -110,7 +92,12 @@ void CachingAllocator::pause(TagId tag, bool backup, void* host, std::size_t hos
                                 " bytes, and the live blocks of '" + scope.name + "' have " +
                                 std::to_string(bytes));
   }
-  wait_for_scope(scope);
+  {
+    // A tag's tensors are used on streams that nobody has told us of, since nothing of them is
+    // freed.
+    const Parked parked(parked_);
+    pool_->driver().synchronize_all();
+  }
   if (backup) {
     try {
       save(scope, host, bytes);

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdio>
 
 #include "cuda_driver.h"
 
@@ -87,6 +88,11 @@ CachingAllocator& Registry::make(int device) {
       driver,
       PoolOptions{options_.page_bytes, budget, options_.ahead_bytes / 2, options_.ahead_bytes});
   auto mapper = std::make_shared<Mapper>(pool);
+  if (enabled_ && !empty()) {
+    std::fprintf(stderr,
+                 "vattn: memory of each GPU is accessible to that GPU only, and this process uses "
+                 "several: copies between them may fail. One process per GPU is fine.\n");
+  }
   put(device, std::make_shared<CachingAllocator>(pool, std::move(mapper)));
   return *peek(device);
 }
