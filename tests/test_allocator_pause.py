@@ -245,3 +245,27 @@ def test_the_limit_holds(allocator: Allocator) -> None:
     allocator.core.set_limit(0)
     allocator.pages(60)
     allocator.free(b)
+
+
+@pytest.mark.parametrize("backup", [True, False])
+def test_pause_waits_for_streams_that_nobody_told_of(
+    fake_cuda: FakeCuda, tag: int, backup: bool
+) -> None:
+    """Weights are read, and written, on streams that never asked for memory."""
+    fake_cuda.configure(granularity=PAGE, watchdog_ms=10_000)
+    driver = make_driver("cuda_fake")
+    allocator = Allocator(driver, FakeMemory(fake_cuda), pages=40)
+    stranger = driver.create_stream()
+    fake_cuda.stream_mode(stranger, StreamMode.LAZY)
+    address = allocator.pages(8, tag=tag)
+    driver.fill(address, 7, 8 * PAGE, stranger)
+    fake_cuda.launch(stranger, [(address, 8 * PAGE)], "reads the weights")
+    allocator.core.pause(tag, backup=backup)
+    assert fake_cuda.pending(stranger) == 0
+    allocator.core.resume(tag)
+    if backup:
+        assert set(fake_cuda.read(address, 8 * PAGE)) == {7}
+    allocator.core.free(address)
+    allocator.live.pop(address)
+    driver.destroy_stream(stranger)
+    allocator.end()
