@@ -127,6 +127,7 @@ class CachingAllocator final : public Reclaimer {
     std::size_t index = 0;
     Address address() const noexcept { return range->base() + index * range->page_bytes; }
   };
+  class Resting;
   struct Growth;
   class IdleIndex;
   // Whose idle pages a request may have.
@@ -151,7 +152,8 @@ class CachingAllocator final : public Reclaimer {
     std::function<bool(Stream)> filter;
   };
   using Lock = std::unique_lock<std::mutex>;
-  // While it lives, the state is at rest: whoever has the pool's lock may use it.
+  // While it lives, the state is at rest: whoever has the pool's lock may use it. It ends with the
+  // pool's lock in hand, so that nobody does then.
   class Parked {
    public:
     explicit Parked(std::atomic<bool>& parked) : parked_(parked) {

@@ -32,6 +32,29 @@ class CopyStream {
 
 }  // namespace
 
+// What takes its time without the pool's lock. Others may use the state meanwhile, and its end
+// waits until they are done.
+class CachingAllocator::Resting {
+ public:
+  explicit Resting(CachingAllocator& allocator) : allocator_(allocator) {
+    allocator_.parked_.store(true, std::memory_order_release);
+  }
+  ~Resting() {
+    try {
+      const DeviceLock nobody_else = allocator_.pool_->lock();
+      allocator_.parked_.store(false, std::memory_order_release);
+    } catch (const std::exception&) {
+      // A forked child, in which there is nobody else.
+      allocator_.parked_.store(false, std::memory_order_release);
+    }
+  }
+  Resting(const Resting&) = delete;
+  Resting& operator=(const Resting&) = delete;
+
+ private:
+  CachingAllocator& allocator_;
+};
+
 Scope& CachingAllocator::tag_scope(TagId tag, const char* what) {
   if (tag == kNoTag) {
     throw std::invalid_argument(std::string(what) + " needs a tag: memory without one stays");
@@ -95,7 +118,7 @@ void CachingAllocator::pause(TagId tag, bool backup, void* host, std::size_t hos
   {
     // A tag's tensors are used on streams that nobody has told us of, since nothing of them is
     // freed.
-    const Parked parked(parked_);
+    const Resting resting(*this);
     pool_->driver().synchronize_all();
   }
   if (backup) {
@@ -148,7 +171,7 @@ void CachingAllocator::save(Scope& scope, void* host, std::size_t bytes) {
   const std::vector<Block*> live = live_blocks(scope);
   std::byte* at = scope.backup_at;
   // It takes its time. Who needs pages meanwhile, with the pool's lock, may take idle ones from us.
-  const Parked parked(parked_);
+  const Resting resting(*this);
   copy_all(live, [&](Block* block, Stream stream) {
     block->backup_offset = static_cast<std::size_t>(at - scope.backup_at);
     pool_->driver().copy_to_host(at, block->address, block->bytes, stream);

@@ -263,12 +263,13 @@ def tags_under_enable() -> None:
     assert torch.cuda.memory_reserved() <= reserved - 12 * MIB
     with pytest.raises(ValueError, match="paused"):
         allocator.pause("weights")
-    pinned = FAKE.pinned
-    assert pinned > 0
+    pinned = FAKE.cudart.times
+    assert list(FAKE.cudart.locked.values()) == [12 * MIB]  # not 16: no power of two
     allocator.resume("weights", device="cuda:0")
+    assert FAKE.cudart.locked == {}
     allocator.pause("weights", pinned=False)
     allocator.resume("weights")
-    assert FAKE.pinned == pinned
+    assert FAKE.cudart.times == pinned
     with pytest.raises(ValueError, match="not paused"):
         allocator.resume("weights")
     with pytest.raises(ValueError, match="cache, weights"):

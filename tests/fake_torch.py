@@ -83,18 +83,41 @@ class Native:
     initialized = False
 
 
+class Cudart:
+    """``torch.cuda.cudart()``: page-locked memory."""
+
+    def __init__(self) -> None:
+        self.locked: dict[int, int] = {}  # bytes, by address
+        self.times = 0
+        self.limit = 1 << 62
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        assert flags in (0, 1)
+        if nbytes > self.limit:
+            return 2
+        if address in self.locked:
+            return 712
+        self.locked[address] = nbytes
+        self.times += 1
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        return 0 if self.locked.pop(address, None) is not None else 713
+
+
 class FakeTorch:
     """What the allocator part of torch knows."""
 
     def __init__(self) -> None:
         self.native = Native()
         self.current: Any = self.native
+        self.backend = "native"
         self.pointer = ctypes.c_void_p(id(self.native))  # the C++ variable
         self.objects: dict[int, Any] = {id(self.native): self.native}
         self.pools: dict[tuple[int, int], MemPool] = {}
         self.recording: list[tuple[tuple[int, int], int, int]] = []  # pool, device, thread
         self.cuda: FakeCuda | None = None
-        self.pinned = 0  # tensors made in page-locked memory
+        self.cudart = Cudart()
 
     def sync(self) -> None:
         """PyTorch reads its variable each time."""
@@ -203,19 +226,13 @@ def install(devices: int = 1) -> FakeTorch:
     cuda.device = _DeviceContext
     version: Any = torch.version
     version.cuda = "13.0"
-    torch.empty = _empty  # type: ignore[assignment]
+    cuda.cudart = lambda: FAKE.cudart
+    cuda.is_current_stream_capturing = lambda: False
+    c._cuda_getAllocatorBackend = lambda: FAKE.backend
     from vattn.allocator import torch_hooks
 
     torch_hooks._current_pointer = lambda: FAKE.pointer
     return FAKE
-
-
-_real_empty = torch.empty
-
-
-def _empty(*shape: Any, pin_memory: bool = False, **how: Any) -> torch.Tensor:
-    FAKE.pinned += pin_memory
-    return _real_empty(*shape, **how)
 
 
 _device = threading.local()

@@ -47,10 +47,10 @@ def python(
     )
 
 
-def assert_same(*arguments: object, cwd: Path | None = None) -> None:
+def assert_same(*arguments: object, cwd: Path | None = None, options: tuple[str, ...] = ()) -> None:
     """What `python ...` does and what it says, and nothing else."""
-    expected = python(*arguments, cwd=cwd)
-    done = python("-m", "vattn.run", *arguments, cwd=cwd)
+    expected = python(*options, *arguments, cwd=cwd)
+    done = python(*options, "-m", "vattn.run", *arguments, cwd=cwd)
     assert (done.returncode, done.stdout, done.stderr) == (
         expected.returncode,
         expected.stdout,
@@ -77,6 +77,8 @@ def test_modules_folders_and_archives(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM.replace("__file__, ", ""))
     assert_same("-m", "program", "one", "two", cwd=tmp_path)
     assert_same("-m", "program", "code", cwd=tmp_path)
+    assert_same("-m", "program", "error", cwd=tmp_path)
+    assert_same(tmp_path)  # without a __main__.py
     assert_same("-m", "json.tool", "--help")
     assert_same("-m", "no_such_module")
     assert_same("-m", "json.no_such_module")
@@ -99,13 +101,61 @@ def test_a_thread_outlives_the_script(tmp_path: Path) -> None:
         "threading.Thread(target=late).start()\n"
     )
     assert_same(tmp_path / "program.py")
+    assert_same("-m", "program", cwd=tmp_path)
+    (tmp_path / "program.py").rename(tmp_path / "__main__.py")
+    assert_same(tmp_path)
 
 
-@pytest.mark.parametrize("arguments", [(), ("-c", "pass"), ("-m",), ("--help",)])
+def test_a_link_finds_what_is_beside_its_target(tmp_path: Path) -> None:
+    for folder in ("real", "links"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "real" / "beside.py").write_text("HERE = 3\n")
+    program = tmp_path / "real" / "program.py"
+    program.write_text("import sys, beside\nprint(beside.HERE, __file__, sys.path[0])\n")
+    link = tmp_path / "links" / "other.py"
+    link.symlink_to(program)
+    assert_same(link)
+    assert_same("other.py", cwd=tmp_path / "links")
+
+
+@pytest.mark.parametrize("option", ["-P", "-u"])
+def test_options_of_python(tmp_path: Path, option: str) -> None:
+    """With -P neither the script's folder nor the working directory is searched."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\nprint([p for p in sys.path if 'zip' not in p][:2], sys.flags.unbuffered)\n"
+        "import beside\n"
+    )
+    (tmp_path / "beside.py").write_text("")
+    assert_same(program, options=(option,))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "__main__.py").write_text("import sys\nprint(sys.path, __file__, __spec__.name)\n")
+    assert_same(folder, options=(option,))
+    assert_same("folder", "x", options=(option,), cwd=tmp_path)
+
+
+def test_an_interrupt_looks_as_python_shows_it(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("def wait():\n    raise KeyboardInterrupt\nwait()\n")
+    assert_same(program)
+    assert_same("-m", "program", cwd=tmp_path)
+    program.write_text(
+        "import sys\n"
+        "sys.excepthook = lambda kind, error, trace: print(kind, trace.tb_lineno)\n"
+        "raise KeyboardInterrupt\n"
+    )
+    assert_same(program)
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("-c", "pass"), ("-",), ("-u", "x.py"), ("-m",), ("-h",)]
+)
 def test_a_bad_command_line_is_explained(arguments: tuple[str, ...]) -> None:
     done = python("-m", "vattn.run", *arguments)
     assert done.returncode == 2
     assert "usage: python -m vattn.run" in done.stderr
+    assert "python -u -m vattn.run script.py" in done.stderr
 
 
 def test_a_missing_script_is_an_error(tmp_path: Path) -> None:

@@ -14,8 +14,12 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
 }
 
 
+# The native module counts in 64 bits.
+_TOO_MANY = 2**63
+
+
 def positive_int(value: object, name: str, otherwise: str = "") -> int:
-    """``value`` as an int, if it is a whole number above zero (NumPy's count).
+    """``value`` as an int, if it is a whole number above zero and below 2**63 (NumPy's count).
 
     Raises:
         ValueError: it is not; the message names the setting and what else it may be.
@@ -23,7 +27,10 @@ def positive_int(value: object, name: str, otherwise: str = "") -> int:
     is_whole = not isinstance(value, bool) and hasattr(value, "__index__")
     if not is_whole or operator.index(value) <= 0:  # type: ignore[arg-type]
         raise ValueError(f"{name}={value!r} must be a positive integer{otherwise}")
-    return operator.index(value)  # type: ignore[arg-type]
+    whole = operator.index(value)  # type: ignore[arg-type]
+    if whole >= _TOO_MANY:
+        raise ValueError(f"{name}={value!r} is too large; give less than 2**63")
+    return whole
 
 
 def not_negative_int(value: object, name: str) -> int:
@@ -37,21 +44,26 @@ def not_negative_int(value: object, name: str) -> int:
     return positive_int(value, name, " or 0")
 
 
-def parse_bytes(text: str | int, name: str = "size") -> int:
+def parse_bytes(text: str | int, name: str = "size", otherwise: str = "") -> int:
     """``"512MiB"``, ``"2GB"``, ``"65536"`` or an int as a number of bytes.
 
     Raises:
-        ValueError: not a positive size; the message names the setting.
+        ValueError: not a positive size below 2**63; the message names the setting and what else it
+            may be.
     """
     if not isinstance(text, str):
-        value = positive_int(text, name)
+        value = positive_int(text, name, otherwise)
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
         if match is None or match[2] not in _UNITS:
-            raise ValueError(f"{name}={text!r} is not a size; write 512MiB, 2GB or a number")
+            raise ValueError(
+                f"{name}={text!r} is not a size; write 512MiB, 2GB or a number{otherwise}"
+            )
         value = int(float(match[1]) * _UNITS[match[2]])
     if value <= 0:
-        raise ValueError(f"{name}={text!r} must be a positive integer")
+        raise ValueError(f"{name}={text!r} must be a positive integer{otherwise}")
+    if value >= _TOO_MANY:
+        raise ValueError(f"{name}={text!r} is too large; give less than 2**63")
     return value
 
 

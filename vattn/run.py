@@ -10,7 +10,6 @@ Environment:
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import os
 import pkgutil
@@ -18,9 +17,12 @@ import runpy
 import sys
 import zipfile
 from types import CodeType, ModuleType, TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-_USAGE = "usage: python -m vattn.run [-m module | script.py] [argument ...]"
+_USAGE = """\
+usage: python -m vattn.run [-m module | script.py] [argument ...]
+Options of Python come first, as in `python -u -m vattn.run script.py`. Programs on the command line
+(-c) or the standard input (-) are not run: put them in a file."""
 # What Python itself exits with when it cannot find what it is to run.
 _BAD_USE = 2
 
@@ -36,14 +38,19 @@ def main() -> None:
     if _wanted():
         _enable()
     target = arguments[0]
-    sys.argv = arguments
     try:
         if as_module:
-            _run_module(target)
+            # sys.path[0] is the working directory already, as `python -m` has it.
+            sys.argv = ["-m", *arguments[1:]]
+            _run_as_main(target, alter_argv=True)
         else:
+            sys.argv = arguments
             _run_script(target)
-    except (SystemExit, KeyboardInterrupt):
+    except SystemExit:
         raise
+    except KeyboardInterrupt as error:
+        _show_from_below_us(error)
+        raise  # for Python's exit code
     except BaseException as error:
         _show(error)
         sys.exit(1)
@@ -65,34 +72,42 @@ def _enable() -> None:
         _refuse(f"{error}\n(VATTN_ALLOCATOR=0 runs the program without vattn's allocator)")
 
 
-def _run_module(name: str) -> None:
-    # sys.path[0] is the working directory already, as `python -m` has it.
-    try:
-        found = importlib.util.find_spec(name)
-    except ModuleNotFoundError:
-        found = None  # a package that it would be in
-    if found is None:
-        print(f"{sys.executable}: No module named {name}", file=sys.stderr)
-        sys.exit(1)
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
+def _run_as_main(name: str, *, alter_argv: bool) -> None:
+    """Runs a module as the interpreter itself does, which calls this function of runpy for it."""
+    _new_main()
+    python: Any = runpy
+    python._run_module_as_main(name, alter_argv)
 
 
 def _run_script(path: str) -> None:
     if os.path.isdir(path) or (os.path.isfile(path) and zipfile.is_zipfile(path)):
-        # A folder or an archive with a __main__.py, which takes the first place of sys.path.
-        sys.path.pop(0)
-        runpy.run_path(path, run_name="__main__")
+        # A folder or an archive with a __main__.py: it comes first, whatever the options.
+        sys.path[0 : _own_places()] = [os.path.abspath(path)]
+        _run_as_main("__main__", alter_argv=False)
         return
     code = _read(path)
-    path = os.path.abspath(path)
-    sys.path[0] = os.path.dirname(path)
-    # The module stays when the script is done: threads and exit functions may need its names.
-    module = ModuleType("__main__")
-    module.__file__ = path
-    module.__dict__["__builtins__"] = sys.modules["builtins"]
+    if _own_places():
+        sys.path[0] = os.path.dirname(os.path.realpath(path))  # of a link's target
+    module = _new_main()
+    module.__file__ = os.path.abspath(path)
     module.__dict__["__cached__"] = None
-    sys.modules["__main__"] = module
     exec(code, module.__dict__)
+
+
+def _own_places() -> int:
+    """How many places of sys.path Python took for us: none with -P, -I or PYTHONSAFEPATH."""
+    return 0 if sys.flags.safe_path else 1
+
+
+def _new_main() -> ModuleType:
+    """The program's module, instead of ours.
+
+    It stays when the program is done: threads and exit functions may need its names.
+    """
+    module = ModuleType("__main__")
+    module.__dict__["__builtins__"] = sys.modules["builtins"]
+    sys.modules["__main__"] = module
+    return module
 
 
 def _read(path: str) -> CodeType:
@@ -119,9 +134,20 @@ def _show(error: BaseException) -> None:
     sys.excepthook(type(error), error, error.__traceback__)
 
 
+def _show_from_below_us(error: BaseException) -> None:
+    """Has an error that goes on to Python, gathering our frames again, reported without them."""
+    below, hook = _below_us(error.__traceback__), sys.excepthook
+
+    def report(kind: Any, value: BaseException, traceback: TracebackType | None) -> None:
+        if value is error:
+            value, traceback = value.with_traceback(below), below
+        hook(kind, value, traceback)
+
+    sys.excepthook = report
+
+
 def _below_us(traceback: TracebackType | None) -> TracebackType | None:
-    ours = (__file__, runpy.__file__, "<frozen runpy>")
-    while traceback is not None and traceback.tb_frame.f_code.co_filename in ours:
+    while traceback is not None and traceback.tb_frame.f_code.co_filename == __file__:
         traceback = traceback.tb_next
     return traceback
 

@@ -261,7 +261,8 @@ def reserve(
         dtype: element type, one of :data:`DTYPES`.
         device: ``"cpu"`` or ``"cuda[:n]"``; None for the pool's, else ``"cpu"``.
         pool: a pool to share with others; else one of its own, with a budget of the full tensor or
-            as :class:`PagePool`'s default if that is less.
+            as :class:`PagePool`'s default if that is less. Under ``vattn.allocator.enable()`` a
+            tensor on a GPU shares the allocator's instead.
         page_bytes: page size of a pool of its own, a multiple of the granularity; None for the
             device's default. Memory is committed in whole pages.
 
@@ -271,7 +272,8 @@ def reserve(
 
     Raises:
         ValueError: an empty shape or a size that is not positive, a dtype or device that is not
-            supported, a pool on another device, more than 2**46 bytes.
+            supported, a pool on another device, ``page_bytes`` where the pool is shared, more than
+            2**46 bytes.
         TypeError: a shape that is no sequence of integers, or no pool.
         OutOfPages: the system has no such stretch of addresses.
         DriverError: no usable CUDA driver.

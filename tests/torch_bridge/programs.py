@@ -129,10 +129,14 @@ def pause(kind: str) -> None:
         assert small.tolist() == list(range(100))
         assert float(other.sum()) == MIB
         allocator.pause("weights", backup=False)
-        with allocator.pool("weights"):
-            error = raised_by(lambda: block(MIB))
-            assert isinstance(error, RuntimeError), error
-            assert "paused" in str(error), error
+        error = raised_by(allocator.pool("weights").__enter__)
+        assert isinstance(error, RuntimeError), error
+        assert "paused" in str(error), error
+        before = _core.set_current_tag(_core.tag_id("weights"))  # what was open all the time
+        error = raised_by(lambda: block(MIB))
+        _core.set_current_tag(before)
+        assert isinstance(error, RuntimeError), error
+        assert "paused" in str(error), error
         allocator.resume("weights")
         weights[0].fill_(5)
         assert float(weights[0].sum()) == 5 * MIB

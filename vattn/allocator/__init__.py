@@ -11,13 +11,15 @@ See docs/allocator.md.
 """
 
 from vattn.allocator.enable import disable, enable, is_enabled
-from vattn.allocator.event_trace import Trace, record_trace, save_trace, trace
+from vattn.allocator.event_trace import Event, Trace, record_trace, save_trace, trace
 from vattn.allocator.memory_snapshot import dump_snapshot, snapshot
+from vattn.allocator.pausing import is_paused, pause, resume
 from vattn.allocator.report import AllocatorStats, stats
-from vattn.allocator.tags import is_paused, page_pool, pause, pool, resume, set_budget, trim
+from vattn.allocator.tags import page_pool, pool, set_budget, trim
 
 __all__ = [
     "AllocatorStats",
+    "Event",
     "Trace",
     "disable",
     "dump_snapshot",

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import os
-import warnings
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vattn import _core
+from vattn.allocator import first_use, torch_settings
 from vattn.config import env_bytes, not_negative_int, parse_bytes, positive_int
 
 if TYPE_CHECKING:
     from vattn.allocator.torch_hooks import Patches
 
-_CONF_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_FINEST_GRANULARITY = 1 << 16
 
 
 @dataclass
@@ -28,6 +26,7 @@ class _Enabled:
 
 
 _enabled: _Enabled | None = None
+_lock = threading.RLock()  # held while it is turned on or off
 _kept: list[object] = []  # allocators that PyTorch may still refer to
 
 
@@ -53,25 +52,31 @@ def enable(
         budget_bytes: most physical memory of each device, a number or text such as ``"40GiB"``;
             None for ``VATTN_BUDGET`` or else what is free when the device is first used, less 1 GiB
             (or a sixteenth, if that is less) for CUDA itself.
-        page_bytes: page size, a multiple of the driver's granularity; None for that. A wrong one
-            is an error at the device's first use.
+        page_bytes: page size, a multiple of the driver's granularity; None for that. One that
+            is a multiple of 64 KiB and still wrong is an error at the device's first use.
         ahead_bytes: pages created in the background ahead of need, up to this much.
 
     Raises:
-        RuntimeError: CUDA is in use already, vattn is enabled already, torch is built without CUDA,
-            or lacks something that this takes, which the message names.
+        RuntimeError: CUDA or memory of vattn is in use already, vattn is enabled already, torch is
+            built without CUDA, or lacks something that this takes, which the message names.
         ValueError: a size that is none.
     """
-    global _enabled
+    budget = _budget(budget_bytes)
+    page = _page(page_bytes)
+    ahead = not_negative_int(ahead_bytes, "ahead_bytes")
+    with _lock:
+        _require_first()
+        _turn_on(budget_bytes=budget, page_bytes=page, ahead_bytes=ahead)
+    first_use.settle_at_exit()
+    torch_settings.warn_of_environment()
+
+
+def _require_first() -> None:
+    """Raises RuntimeError if it is too late, or this torch lacks something."""
     if is_enabled():
         raise RuntimeError(
             "vattn.allocator is enabled already; one enable() at the program's start is enough"
         )
-    budget = _budget(budget_bytes)
-    page = 0 if page_bytes is None else positive_int(page_bytes, "page_bytes")
-    ahead = not_negative_int(ahead_bytes, "ahead_bytes")
-    import torch
-
     from vattn.allocator import torch_hooks
 
     torch_hooks.require_cuda_build()
@@ -80,22 +85,55 @@ def enable(
             "PyTorch uses CUDA already, and its allocator can only be replaced before that; call "
             "vattn.allocator.enable() first, or use `with vattn.allocator.pool():`"
         )
+    if _core.torch_allocator_devices():
+        raise RuntimeError(
+            "memory of vattn is in use already: page_pool(), set_budget() or pool() of "
+            "vattn.allocator came first; call vattn.allocator.enable() before them"
+        )
     torch_hooks.require_errors()
     torch_hooks.require_statistics()
+    _require_mem_pools()
+
+
+def _require_mem_pools() -> None:
+    import torch
+
+    names = [
+        f"{module.__name__}.{name}"
+        for module in (torch.cuda, torch.cuda.memory)
+        for name in ("MemPool", "use_mem_pool")
+        if not hasattr(module, name)
+    ]
+    if names:
+        raise RuntimeError(
+            f"this PyTorch ({torch.__version__}) has no {', '.join(names)}; use one that vattn "
+            "supports, 2.11 to 2.13"
+        )
+
+
+def _turn_on(*, budget_bytes: int, page_bytes: int, ahead_bytes: int) -> None:
+    """Replaces torch's allocator and what asks it for figures: all of it, or nothing."""
+    global _enabled
+    import torch
+
+    from vattn.allocator import torch_hooks
+
     allocator = torch_hooks.pluggable_allocator()
     before = torch_hooks.current_allocator_address()
     _core.configure_torch_allocator(
-        enabled=True, budget_bytes=budget, page_bytes=page, ahead_bytes=ahead
+        enabled=True, budget_bytes=budget_bytes, page_bytes=page_bytes, ahead_bytes=ahead_bytes
     )
+    patches: Patches | None = None
     try:
+        patches = torch_hooks.patch_torch()
         torch.cuda.memory.change_current_allocator(allocator)
     except BaseException:
+        if patches is not None:
+            patches.undo()
         _core.configure_torch_allocator(enabled=False)
         raise
-    _enabled = _Enabled(torch_hooks.patch_torch(), allocator, before)
+    _enabled = _Enabled(patches, allocator, before)
     _kept.append(allocator)
-    atexit.register(_settle)
-    _warn_of_settings()
 
 
 def disable() -> None:
@@ -106,27 +144,40 @@ def disable() -> None:
             back to its own allocator.
     """
     global _enabled
-    if _enabled is None:
-        raise RuntimeError("vattn.allocator is not enabled, so there is nothing to disable")
-    import torch
+    with _lock:
+        if _enabled is None:
+            raise RuntimeError("vattn.allocator is not enabled, so there is nothing to disable")
+        import torch
 
-    from vattn.allocator import torch_hooks
+        from vattn.allocator import torch_hooks
 
-    if torch_hooks.cuda_in_use() or _core.torch_allocator_devices():
-        raise RuntimeError(
-            "CUDA memory of this process is vattn's by now, and tensors may be using it; "
-            "vattn.allocator.disable() works before CUDA is used. Start a new process"
+        if torch_hooks.cuda_in_use() or _core.torch_allocator_devices():
+            raise RuntimeError(
+                "CUDA memory of this process is vattn's by now, and tensors may be using it; "
+                "vattn.allocator.disable() works before CUDA is used. Start a new process"
+            )
+        if _enabled.before is None:
+            raise RuntimeError(
+                f"this PyTorch ({torch.__version__}) has no way back to its own allocator; start a "
+                "new process"
+            )
+        torch_hooks.put_back(_enabled.before)
+        _enabled.patches.undo()
+        _core.configure_torch_allocator(enabled=False)
+        _enabled = None
+
+
+def _page(page_bytes: int | None) -> int:
+    """Bytes, or 0 for the driver's granularity, which is not known before a device is used."""
+    if page_bytes is None:
+        return 0
+    page = positive_int(page_bytes, "page_bytes")
+    if page % _FINEST_GRANULARITY:
+        raise ValueError(
+            f"page_bytes={page} is not a multiple of the driver's granularity, which is 2 MiB on "
+            "most devices and at least 64 KiB; give 2097152 or leave it out"
         )
-    if _enabled.before is None:
-        raise RuntimeError(
-            f"this PyTorch ({torch.__version__}) has no way back to its own allocator; start a new "
-            "process"
-        )
-    torch_hooks.put_back(_enabled.before)
-    _enabled.patches.undo()
-    _core.configure_torch_allocator(enabled=False)
-    atexit.unregister(_settle)
-    _enabled = None
+    return page
 
 
 def _budget(budget_bytes: int | str | None) -> int:
@@ -134,23 +185,3 @@ def _budget(budget_bytes: int | str | None) -> int:
     if budget_bytes is None:
         return env_bytes("VATTN_BUDGET") or 0
     return parse_bytes(budget_bytes, "budget_bytes")
-
-
-def _settle() -> None:
-    """Lets background work end before the driver is shut down with the process."""
-    for device in _core.torch_allocator_devices():
-        # In a forked child, or after a lost context, there is nothing to wait for.
-        with contextlib.suppress(_core.DriverError):
-            allocator = _core.torch_allocator(device)
-            assert allocator is not None
-            allocator.settle()
-
-
-def _warn_of_settings() -> None:
-    for name in _CONF_VARIABLES:
-        if value := os.environ.get(name):
-            warnings.warn(
-                f"{name}={value} sets PyTorch's own allocator, which vattn.allocator.enable() has "
-                "replaced: it has no effect",
-                stacklevel=3,
-            )

@@ -116,6 +116,9 @@ def record_trace(
 ) -> None:
     """Begins to record, or ends it; what was recorded before is forgotten.
 
+    Right after :func:`~vattn.allocator.enable` it records a program from its first request on; the
+    device is opened for that.
+
     Args:
         allocator: whose events; None for that of ``device``.
         device: None for the current one.
@@ -124,11 +127,13 @@ def record_trace(
     Raises:
         ValueError: ``max_events`` is no whole number or negative, or both an allocator and a device
             are given.
-        RuntimeError: there is no allocator on the device.
+        RuntimeError: there is no such device, or neither ``enable()`` nor ``pool()`` has put an
+            allocator on it.
+        DriverError: no usable CUDA driver.
     """
     if max_events != 0:
         positive_int(max_events, "max_events", ", or 0 to end the recording")
-    allocator_of(device, allocator).record(max_events)
+    allocator_of(device, allocator, make=True).record(max_events)
 
 
 def trace(

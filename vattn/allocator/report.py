@@ -51,7 +51,7 @@ def stats(device: str | torch.device | int | None = None) -> AllocatorStats:
         device: None for the current one.
 
     Raises:
-        RuntimeError: no allocator is in charge of the device.
+        RuntimeError: no allocator is in charge of the device, or nothing was allocated on it yet.
     """
     allocator = allocator_of(device)
     figures, pool = allocator.figures(), allocator.pool.stats()

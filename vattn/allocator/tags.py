@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vattn import _core
 from vattn.allocator.enable import is_enabled
+from vattn.allocator.first_use import cuda_index, current_index, made
 from vattn.allocator.which import allocator_of
 from vattn.config import not_negative_int, parse_bytes
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 _lock = threading.Lock()
 _known: set[str] = set()
-# Pinned memory that holds the contents of paused tags, by tag and device.
-_backups: dict[tuple[str, int], torch.Tensor] = {}
 
 
 @contextmanager
@@ -34,7 +33,9 @@ def pool(
     (``torch.cuda.MemPool``); its statistics go on.
 
     Pools nest, the innermost counts. Other threads are not affected: what autograd allocates in its
-    own threads during ``backward()`` has no tag.
+    own threads during ``backward()`` has no tag. A coroutine or generator must not be suspended
+    inside: the tag is the thread's, whatever runs in it meanwhile. Without ``enable()``, capture
+    CUDA graphs outside: PyTorch would take their memory from the tag's, not from the graph's.
 
     Args:
         tag: for :func:`pause`, :func:`resume`, :func:`set_budget` and reports; None for none.
@@ -43,7 +44,9 @@ def pool(
 
     Raises:
         ValueError: an empty tag, too many tags, or a device under ``enable()``.
-        RuntimeError: torch is built without CUDA, or lacks what this takes.
+        RuntimeError: the tag is paused; or, without ``enable()``, a CUDA graph is being captured,
+            or torch is built without CUDA, lacks what this takes, or is set to do without it
+            (expandable segments, no caching, another allocator).
     """
     number = 0 if tag is None else _number(tag)
     if is_enabled():
@@ -52,86 +55,17 @@ def pool(
                 f"device={device!s}: under vattn.allocator.enable() a pool names what is allocated "
                 "on any device; leave it out"
             )
+        from vattn.allocator import mem_pools
+
+        mem_pools.refuse_paused(number, current_index())
         with _tagged(number):
             yield
         return
+    index = cuda_index(device)
     from vattn.allocator import mem_pools
 
-    with mem_pools.routed(number, _index(device)):
+    with mem_pools.routed(number, index):
         yield
-
-
-def pause(
-    tag: str,
-    *,
-    backup: bool = True,
-    pinned: bool | None = None,
-    device: str | torch.device | int | None = None,
-) -> None:
-    """Gives the physical memory of a tag's tensors back, while they keep their addresses.
-
-    It waits for the streams that used them. Until :func:`resume` nobody may touch them, and nothing
-    can be allocated under the tag.
-
-    Args:
-        tag: a name that :func:`pool` was given.
-        backup: keep the contents in the host's memory; without, they are lost.
-        pinned: keep them in page-locked memory, which is faster and cannot be swapped out; None for
-            yes if PyTorch uses CUDA.
-        device: None for all devices; if one of them fails, none is paused.
-
-    Raises:
-        ValueError: an unknown tag, one that is paused, or ``pinned`` without a backup.
-        MemoryError: the host has no room for the backup.
-    """
-    from vattn.allocator import torch_hooks
-
-    number = _known_number(tag)
-    if pinned is not None and not backup:
-        raise ValueError(
-            f"pinned={pinned} says how a backup is kept, and backup=False asks for none"
-        )
-    paused = []
-    try:
-        for index, allocator in _each(device):
-            use_pinned = backup and (torch_hooks.cuda_in_use() if pinned is None else pinned)
-            room = (
-                _pinned_room(tag, index, allocator.tag_live_bytes(number)) if use_pinned else None
-            )
-            if room is None:
-                allocator.pause(number, backup=backup)
-            else:
-                allocator.pause(number, backup=True, host=room.data_ptr(), host_bytes=room.nbytes)
-                _backups[tag, index] = room
-            paused.append((index, allocator))
-    except BaseException:
-        for index, allocator in paused:
-            allocator.resume(number)
-            _backups.pop((tag, index), None)
-        raise
-
-
-def resume(tag: str, *, device: str | torch.device | int | None = None) -> None:
-    """Brings the memory of a paused tag back, with its contents if they were kept.
-
-    Raises:
-        ValueError: an unknown tag, or one that is not paused.
-        MemoryError: :class:`vattn.OutOfPages`, there is not enough memory; the tag stays paused, on
-            this device and those after it.
-    """
-    number = _known_number(tag)
-    each = [(i, a) for i, a in _each(device) if a.is_paused(number)]
-    if not each:
-        raise ValueError(f"tag={tag!r} is not paused, so there is nothing to resume")
-    for index, allocator in each:
-        allocator.resume(number)
-        _backups.pop((tag, index), None)
-
-
-def is_paused(tag: str, *, device: str | torch.device | int | None = None) -> bool:
-    """Whether a tag is paused on a device; None for any."""
-    number = _known_number(tag)
-    return any(allocator.is_paused(number) for _, allocator in _each(device))
 
 
 def set_budget(
@@ -142,32 +76,50 @@ def set_budget(
     Args:
         tag: need not have been used before.
         budget_bytes: a number or text such as ``"2GiB"``; None for no bound. Beyond it there is
-            ``torch.OutOfMemoryError``, whatever the rest has left.
+            ``torch.OutOfMemoryError``, whatever the rest has left. Nothing is taken from a tag that
+            holds more already; only its further requests fail.
         device: None for the current one.
 
     Raises:
-        ValueError: no size, or less than a page.
-        RuntimeError: no allocator is in charge of the device.
+        ValueError: no size, less than a page, or not a CUDA device.
+        DriverError: no usable CUDA driver.
     """
-    size = 0 if budget_bytes is None else parse_bytes(budget_bytes, "budget_bytes")
-    _made(device).set_tag_budget(_number(tag), size)
+    size = 0
+    if budget_bytes is not None:
+        size = parse_bytes(budget_bytes, "budget_bytes", ", or None for no bound")
+    number = _number(tag)
+    allocator = made(device)
+    page = allocator.pool.page_bytes
+    if 0 < size < page:
+        raise ValueError(
+            f"budget_bytes={budget_bytes!r} is less than one page of {page} bytes; give at least "
+            "that, or None for no bound"
+        )
+    allocator.set_tag_budget(number, size)
 
 
 def trim(keep_bytes: int = 0, *, device: str | torch.device | int | None = None) -> int:
     """Gives idle memory beyond ``keep_bytes`` back to the device; returns the bytes given.
 
     Waits for the streams that used it, each by an event. ``torch.cuda.empty_cache()`` under
-    ``enable()`` is this.
+    ``enable()`` is this. Without, PyTorch caches what is freed under a :func:`pool`, for that pool
+    only; for the pools that this thread opened and closed, this makes it idle first.
 
     Args:
         keep_bytes: of each device.
         device: None for all.
 
     Raises:
-        ValueError: a negative number.
+        ValueError: a negative number, or not a CUDA device.
+        RuntimeError: nothing was allocated on the device yet.
     """
     keep = not_negative_int(keep_bytes, "keep_bytes")
-    return sum(allocator.trim(keep) for _, allocator in _each(device))
+    allocators = allocators_of(device)
+    if allocators and not is_enabled():
+        from vattn.allocator import mem_pools
+
+        mem_pools.drop_closed()
+    return sum(allocator.trim(keep) for _, allocator in allocators)
 
 
 def page_pool(device: str | torch.device | int | None = None) -> PagePool:
@@ -185,7 +137,7 @@ def page_pool(device: str | torch.device | int | None = None) -> PagePool:
     """
     from vattn.kv.pool import PagePool
 
-    return PagePool.of_allocator(_made(device))
+    return PagePool.of_allocator(made(device))
 
 
 @contextmanager
@@ -206,7 +158,8 @@ def _number(tag: str) -> int:
     return number
 
 
-def _known_number(tag: str) -> int:
+def known_number(tag: str) -> int:
+    """The number of a tag that was used before; ValueError for others."""
     with _lock:
         if tag not in _known:
             names = ", ".join(sorted(_known)) or "there are none"
@@ -216,52 +169,17 @@ def _known_number(tag: str) -> int:
     return _core.tag_id(tag)
 
 
-def _index(device: str | torch.device | int | None) -> int | None:
-    if device is None or isinstance(device, int):
-        return device
-    import torch
-
-    parsed = torch.device(device)
-    if parsed.type != "cuda":
-        raise ValueError(f"device={device!s} is not a CUDA device; give cuda or cuda:N")
-    return parsed.index
-
-
-def _each(
+def allocators_of(
     device: str | torch.device | int | None,
 ) -> list[tuple[int, _core.CachingAllocator]]:
     """The allocators that an operation on a device, or on all, is about."""
     if device is not None:
-        allocator = allocator_of(device)
-        return [each for each in _each(None) if each[1] is allocator]
+        index = cuda_index(device)
+        allocator = allocator_of(current_index() if index is None else index)
+        return [each for each in allocators_of(None) if each[1] is allocator]
     out = []
-    for index in _core.torch_allocator_devices():
-        each = _core.torch_allocator(index)
+    for number in _core.torch_allocator_devices():
+        each = _core.torch_allocator(number)
         assert each is not None
-        out.append((index, each))
+        out.append((number, each))
     return out
-
-
-def _made(device: str | torch.device | int | None) -> _core.CachingAllocator:
-    """The allocator of a device, made if need be."""
-    index = _index(device)
-    if index is None:
-        import torch
-
-        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    return _core.make_torch_allocator(index)
-
-
-def _pinned_room(tag: str, index: int, nbytes: int) -> torch.Tensor | None:
-    """Page-locked memory for a backup; None if there is nothing to keep."""
-    if nbytes == 0:
-        return None
-    import torch
-
-    try:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError as error:
-        raise MemoryError(
-            f"no page-locked memory for {nbytes} bytes of tag={tag!r} on cuda:{index}: {error}; "
-            "give pinned=False"
-        ) from error

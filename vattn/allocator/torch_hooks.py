@@ -2,7 +2,8 @@
 
 ``torch.cuda.memory.CUDAPluggableAllocator`` takes functions by address; all of ours are C++ and
 take no GIL. It has no place for statistics, so the functions of ``torch._C`` that ask for them are
-replaced: every call of ``torch.cuda.memory`` comes down to those, whoever imported it when.
+replaced: every call of ``torch.cuda.memory`` and ``torch.accelerator.memory`` comes down to those,
+whoever imported it when.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from vattn import _core
-from vattn.allocator import torch_stats
+from vattn.allocator import torch_settings, torch_stats
 
 # Setters of `CUDAPluggableAllocator(...)._allocator`, and whose address each gets.
 SETTERS = {
@@ -55,8 +56,12 @@ def require_cuda_build() -> None:
 
 
 def cuda_in_use() -> bool:
-    """Whether PyTorch has initialized CUDA, after which its allocator stays."""
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    """Whether PyTorch has initialized CUDA, after which its allocator stays.
+
+    In a child of fork() whose parent had, CUDA cannot be used at all.
+    """
+    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return started or torch.cuda._is_in_bad_fork()
 
 
 def require_errors() -> None:
@@ -134,7 +139,8 @@ class Patches:
 
 def require_statistics() -> None:
     """Raises RuntimeError if this torch asks for its statistics by other names."""
-    missing = [name for name in torch_stats.ANSWERS if not hasattr(torch._C, name)]
+    names = (*torch_stats.ANSWERS, "_cuda_setMemoryFraction")
+    missing = [name for name in names if not hasattr(torch._C, name)]
     if missing:
         raise RuntimeError(
             f"torch._C of this PyTorch ({torch.__version__}) has no {', '.join(missing)}; "
@@ -145,8 +151,29 @@ def require_statistics() -> None:
 def patch_torch() -> Patches:
     """Answers torch's statistics from ours, and makes errors clear where nothing can be done."""
     patches = Patches()
+    try:
+        _answer_statistics(patches)
+        _refuse_the_rest(patches)
+    except BaseException:
+        patches.undo()
+        raise
+    return patches
+
+
+def _answer_statistics(patches: Patches) -> None:
     for name, answer in torch_stats.ANSWERS.items():
         patches.set(torch._C, name, answer)
+    for name, answer in torch_stats.ACCELERATOR_ANSWERS.items():
+        if hasattr(torch._C, name):
+            patches.set(torch._C, name, answer)
+    set_fraction = torch_stats.set_memory_fraction(torch._C._cuda_setMemoryFraction)
+    patches.set(torch._C, "_cuda_setMemoryFraction", set_fraction)
+    for name, telling in torch_settings.warning_of_calls().items():
+        if hasattr(torch._C, name):
+            patches.set(torch._C, name, telling(getattr(torch._C, name)))
+
+
+def _refuse_the_rest(patches: Patches) -> None:
     trees = ("_cuda_checkPoolLiveAllocations", "_cuda_getCheckpointState")
     for name in (*trees, "_cuda_setCheckpointPoolState"):
         if hasattr(torch._C, name):
@@ -155,7 +182,6 @@ def patch_torch() -> Patches:
     for module in (torch.cuda, torch.cuda.memory):
         patches.set(module, "MemPool", mem_pool)
         patches.set(module, "use_mem_pool", _refusal(_MEM_POOL))
-    return patches
 
 
 def _refusal(message: str) -> Callable[..., Any]:

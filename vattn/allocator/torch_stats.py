@@ -1,5 +1,7 @@
 """torch's statistics of CUDA memory, answered by our allocator.
 
+``torch.accelerator`` has functions of its own for the same dictionaries.
+
 Keys are those of ``torch.cuda.memory_stats``, where it says what they mean. Where we differ:
 
 * ``segment``: stretches of mapped addresses, counted when asked: ``peak`` and ``allocated`` are the
@@ -12,6 +14,7 @@ Keys are those of ``torch.cuda.memory_stats``, where it says what they mean. Whe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,13 +73,17 @@ def reset_accumulated(device: int) -> None:
         allocator.reset_accumulated()
 
 
-def memory_snapshot(what: tuple[int, int, bool] | None = None) -> dict[str, Any]:
+def memory_snapshot(
+    what: tuple[int, int] | tuple[int, int, bool] | None = None,
+) -> dict[str, Any]:
     """``torch._C._cuda_memorySnapshot``: of all devices, or of one pool of CUDA graphs.
 
     Args:
-        what: the pool's id, (0, 0) for all memory, and whether to include traces; None for all.
+        what: the pool's id, (0, 0) for all memory, and whether to include traces, which PyTorch
+            leaves out before it has ``include_traces``; None for all.
     """
-    first, second, traces = (0, 0, True) if what is None else what
+    first, second, *rest = (0, 0) if what is None else what
+    traces = all(rest)
     out: dict[str, Any] = {"segments": [], "device_traces": []}
     for device in _core.torch_allocator_devices():
         one = snapshot(allocator=_core.torch_allocator(device))
@@ -101,8 +108,29 @@ def memory_fraction(device: int) -> float:
     limit = 0 if allocator is None else allocator.figures()["limit_bytes"]
     if allocator is None or limit == 0:
         return 1.0
+    fraction, its_limit = _fractions.get(device, (0.0, 0))
+    if its_limit == limit:
+        return fraction
     return float(limit / allocator.pool.driver.memory_info()[1])
 
+
+def set_memory_fraction(original: Callable[[float, int], None]) -> Callable[[float, int], None]:
+    """``torch._C._cuda_setMemoryFraction`` that keeps the number as it was given.
+
+    The limit is whole pages, from which the number cannot be told.
+    """
+
+    def set_fraction(fraction: float, device: int) -> None:
+        original(fraction, device)
+        allocator = _allocator(device)
+        if allocator is not None:
+            _fractions[device] = fraction, allocator.figures()["limit_bytes"]
+
+    return set_fraction
+
+
+# What was set, and the limit in bytes that it became, by device.
+_fractions: dict[int, tuple[float, int]] = {}
 
 # What each function of torch._C becomes.
 ANSWERS = {
@@ -111,6 +139,15 @@ ANSWERS = {
     "_cuda_resetAccumulatedMemoryStats": reset_accumulated,
     "_cuda_memorySnapshot": memory_snapshot,
     "_cuda_getMemoryFraction": memory_fraction,
+}
+# The same for torch.accelerator, as far as this torch has it.
+ACCELERATOR_ANSWERS: dict[str, Callable[..., Any]] = {
+    "_accelerator_getDeviceStats": memory_stats,
+    "_accelerator_resetPeakStats": reset_peaks,
+    "_accelerator_resetAccumulatedStats": reset_accumulated,
+    # These ask PyTorch's own allocator, which stays registered for the device and unused.
+    "_accelerator_isAllocatorInitialized": lambda: torch.cuda.is_initialized(),  # type: ignore[no-untyped-call]
+    "_accelerator_emptyCache": lambda: torch.cuda.empty_cache(),
 }
 
 

@@ -11,17 +11,21 @@ if TYPE_CHECKING:
 
 
 def allocator_of(
-    device: str | torch.device | int | None, allocator: _core.CachingAllocator | None = None
+    device: str | torch.device | int | None,
+    allocator: _core.CachingAllocator | None = None,
+    *,
+    make: bool = False,
 ) -> _core.CachingAllocator:
     """The allocator that a function with these two arguments is about.
 
     Args:
         device: whose allocator; None for the current device.
         allocator: if given, it is the one.
+        make: under ``enable()``, make that of a device where nothing was allocated so far.
 
     Raises:
         ValueError: both are given, or ``device`` is not a CUDA device.
-        RuntimeError: no allocator is in charge of the device.
+        RuntimeError: no allocator is in charge of the device, or there is no such device.
     """
     if allocator is not None:
         if device is not None:
@@ -29,20 +33,41 @@ def allocator_of(
         return allocator
     index = _index(device)
     found = _core.torch_allocator(index)
-    if found is None:
+    if found is not None:
+        return found
+    if not _core.torch_allocator_enabled():
         raise RuntimeError(
             f"no allocator of vattn is in charge of cuda:{index}; call vattn.allocator.enable() "
-            "before the first CUDA tensor"
+            "before the first CUDA tensor, or allocate inside `with vattn.allocator.pool():` first"
         )
-    return found
+    _require_device(index)
+    if not make:
+        raise RuntimeError(
+            f"there is no allocator on cuda:{index} yet, since nothing was allocated there; "
+            "allocate a tensor on it first"
+        )
+    return _core.make_torch_allocator(index)
+
+
+def _require_device(index: int) -> None:
+    import torch
+
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise RuntimeError(f"there is no cuda:{index}: PyTorch sees {count} CUDA devices")
 
 
 def _index(device: str | torch.device | int | None) -> int:
     if isinstance(device, int):
+        if isinstance(device, bool) or device < 0:
+            raise ValueError(f"device={device} is not the number of a CUDA device; give 0 or more")
         return device
     import torch
 
-    parsed = torch.device("cuda" if device is None else device)
+    try:
+        parsed = torch.device("cuda" if device is None else device)
+    except RuntimeError as error:  # a name that torch does not know
+        raise ValueError(f"device={device!s} is not a CUDA device; give cuda or cuda:N") from error
     if parsed.type != "cuda":
         raise ValueError(f"device={device!s} is not a CUDA device; give cuda or cuda:N")
     if parsed.index is not None:
