@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -11,22 +10,14 @@ import torch
 
 from tests.door_cases import CASES
 from tests.fake_cuda.fake import ROOT
+from tests.own_process import run_case
 from vattn import allocator
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
 def test_door(case: str) -> None:
     """In a process of its own: torch's allocator is swapped once."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"from tests.door_cases import {case}; {case}()"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_case("tests.door_cases", case)
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")

@@ -6,8 +6,6 @@ Each case runs in a process of its own: torch's allocator is swapped once.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import warnings
 from typing import Any
 
@@ -16,8 +14,8 @@ import torch
 
 import vattn
 from tests.door_cases import give, of_device, take
-from tests.fake_cuda.fake import ROOT
 from tests.fake_torch import FAKE, MIB, NATIVE_STATS, install
+from tests.own_process import run_case
 from vattn import allocator
 from vattn.allocator import torch_settings
 
@@ -248,13 +246,4 @@ CASES = (
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
 def test_statistics(case: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", f"from tests.test_allocator_stats import {case}; {case}()"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_case("tests.test_allocator_stats", case)

@@ -7,13 +7,13 @@ unfinished kernel; `fake_cuda` asserts at the end that the log is empty.
 from __future__ import annotations
 
 import gc
-import threading
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 import torch
 
 import vattn
+from tests.blocking import blocks_until
 from tests.drivers import make_driver
 from tests.fake_cuda import fake as fk
 from tests.helpers import SMALL_PAGE, make_pool
@@ -68,25 +68,7 @@ class Device:
         self, stream: int, act: Callable[[], object], meanwhile: Callable[[], object] | None = None
     ) -> None:
         """`act` does not return, and unmaps nothing, before the held `stream` has finished."""
-        errors: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                act()
-            except BaseException as error:
-                errors.append(error)
-
-        unmapped = self.fake.calls("cuMemUnmap")
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join(0.05)
-        assert thread.is_alive(), errors
-        if meanwhile:
-            meanwhile()
-        assert self.fake.calls("cuMemUnmap") == unmapped
-        self.fake.release(stream)
-        thread.join()
-        assert errors == []
+        blocks_until(self.fake, stream, act, meanwhile)
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ unfinished kernel; `fake_cuda` asserts at the end that the log is empty.
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Self
 
 import pytest
 
 import vattn
+from tests.blocking import blocks_until
 from tests.drivers import make_driver
 from tests.helpers import (
     SMALL_PAGE,
@@ -51,23 +51,7 @@ class Device:
 
     def blocks_until(self, stream: int, act: Callable[[], object]) -> None:
         """`act` does not return, and unmaps nothing, before the held `stream` has finished."""
-        errors: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                act()
-            except BaseException as error:
-                errors.append(error)
-
-        unmapped = self.fake.calls("cuMemUnmap")
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join(0.05)
-        assert thread.is_alive(), errors
-        assert self.fake.calls("cuMemUnmap") == unmapped
-        self.fake.release(stream)
-        thread.join()
-        assert errors == []
+        blocks_until(self.fake, stream, act)
 
 
 @pytest.fixture
