@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vattn import _core
+from vattn.allocator.first_use import cuda_index, current_index
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,9 @@ def allocator_of(
         if device is not None:
             raise ValueError(f"device={device!s} and an allocator are given; leave one of them out")
         return allocator
-    index = _index(device)
+    index = cuda_index(device)
+    if index is None:
+        index = current_index()
     found = _core.torch_allocator(index)
     if found is not None:
         return found
@@ -55,21 +58,3 @@ def _require_device(index: int) -> None:
     count = torch.cuda.device_count()
     if index >= count:
         raise RuntimeError(f"there is no cuda:{index}: PyTorch sees {count} CUDA devices")
-
-
-def _index(device: str | torch.device | int | None) -> int:
-    if isinstance(device, int):
-        if isinstance(device, bool) or device < 0:
-            raise ValueError(f"device={device} is not the number of a CUDA device; give 0 or more")
-        return device
-    import torch
-
-    try:
-        parsed = torch.device("cuda" if device is None else device)
-    except RuntimeError as error:  # a name that torch does not know
-        raise ValueError(f"device={device!s} is not a CUDA device; give cuda or cuda:N") from error
-    if parsed.type != "cuda":
-        raise ValueError(f"device={device!s} is not a CUDA device; give cuda or cuda:N")
-    if parsed.index is not None:
-        return parsed.index
-    return torch.cuda.current_device() if torch.cuda.is_initialized() else 0
