@@ -17,7 +17,7 @@ from vattn.engine.config import EngineConfig
 from vattn.engine.engine import Engine
 from vattn.hf.compiled import CompiledModel
 from vattn.hf.model import LoadedModel
-from vattn.request import SamplingParams
+from vattn.sampling_params import SamplingParams
 
 # Steps in which the last prompts may still be computed while the first sequences decode.
 _SKEW_STEPS = 512

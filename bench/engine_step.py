@@ -17,7 +17,7 @@ from vattn.engine.batch import StepBatch
 from vattn.engine.config import EngineConfig
 from vattn.engine.engine import Engine
 from vattn.kv.layout import LayerSpec
-from vattn.request import SamplingParams
+from vattn.sampling_params import SamplingParams
 
 _VOCABULARY = 8
 _HEADS, _DIM = 2, 64

@@ -19,7 +19,8 @@ from bench.trace import Trace
 from vattn.engine.memory import MemoryManager
 from vattn.engine.scheduler import Plan, Scheduler
 from vattn.kv.swap import SwapSpace
-from vattn.request import Request, SamplingParams
+from vattn.request import Request
+from vattn.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

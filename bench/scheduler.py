@@ -28,7 +28,8 @@ from bench.common import Json, Target, parser, print_table, print_targets, repor
 from bench.engine_step import step_times
 from vattn import KVCache
 from vattn.engine.scheduler import Scheduler
-from vattn.request import Request, SamplingParams
+from vattn.request import Request
+from vattn.sampling_params import SamplingParams
 
 PARTS = ("schedule", "computed", "stage", "append", "ended")
 PROMPT_TOKENS = 32

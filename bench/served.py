@@ -13,7 +13,8 @@ from bench.model_args import quantiles
 from bench.offline_sides import Work, make_work
 from vattn import LLM, SamplingParams
 from vattn.engine.engine import Engine
-from vattn.request import Request, Timings
+from vattn.outputs import Timings
+from vattn.request import Request
 
 
 @dataclass

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import vattn
 from tests.models import FAMILIES, one_thread, tiny_model
-from vattn.request import RequestOutput, SamplingParams
+from vattn.outputs import RequestOutput
+from vattn.sampling_params import SamplingParams
 
 EMBEDDED = "embedded"
 ALL_FAMILIES = (*FAMILIES, EMBEDDED)

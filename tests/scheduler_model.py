@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from vattn.engine.scheduler import NeverFits, Plan, Scheduler
-from vattn.request import FinishReason, Request, SamplingParams, Status
+from vattn.request import FinishReason, Request, Status
+from vattn.sampling_params import SamplingParams
 
 VOCABULARY = 50
 

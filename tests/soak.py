@@ -22,7 +22,8 @@ from tests.helpers import torch_device
 from tests.stub_model import VOCABULARY, StubModel, StubRunner, expected_tokens
 from vattn.engine.config import EngineConfig
 from vattn.engine.engine import Engine
-from vattn.request import Request, SamplingParams
+from vattn.request import Request
+from vattn.sampling_params import SamplingParams
 
 PAGES = 160  # of the budget at its largest; a full sequence needs a tenth of it
 MAX_LEN = 96

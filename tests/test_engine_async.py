@@ -24,8 +24,8 @@ from vattn.engine.batch import SAMPLED, StepBatch
 from vattn.engine.config import EngineConfig
 from vattn.engine.engine import Engine
 from vattn.engine.memory import MemoryManager
-from vattn.engine.outputs import OutputKind
-from vattn.request import FinishReason, Request, SamplingParams
+from vattn.request import FinishReason, Request
+from vattn.sampling_params import RequestOutputKind, SamplingParams
 
 PROMPTS = ["A transaction is a group of", "The", "Pages are mapped when", "In the year"]
 
@@ -86,7 +86,7 @@ def test_a_stream_gives_every_token_once() -> None:
     llm = make_llm("llama", async_scheduling=True)
     whole: list[int] = []
     asked: Any = {"prompt_token_ids": list(case.prompt)}
-    for output in llm.stream(asked, greedy(9), kind=OutputKind.DELTA):
+    for output in llm.stream(asked, greedy(9), kind=RequestOutputKind.DELTA):
         whole += output.outputs[0].token_ids
     (wanted,) = run(llm, [case])
     assert whole == wanted.outputs[0].token_ids[:9]

@@ -15,7 +15,8 @@ from tests.helpers import memory_calls
 from tests.stub_model import VOCABULARY, StubModel, StubRunner, expected_tokens
 from vattn.engine.config import EngineConfig
 from vattn.engine.engine import Engine
-from vattn.request import Request, SamplingParams
+from vattn.request import Request
+from vattn.sampling_params import SamplingParams
 
 PAGE = 4096
 TOKENS_PER_PAGE = 16  # of two layers: 2 x 2 x 2 heads x 8 floats are 256 bytes

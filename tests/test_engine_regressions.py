@@ -11,7 +11,7 @@ import vattn
 from tests.engine_cases import Case, assert_nothing_left, greedy, make_llm, mixed_cases, reference
 from tests.stub_model import expected_tokens
 from tests.test_engine_memory import drive, finish, make_engine, prompt, start
-from vattn.request import SamplingParams
+from vattn.sampling_params import SamplingParams
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -18,7 +18,8 @@ from tests.engine_cases import (
     mixed_cases,
     reference,
 )
-from vattn.request import RequestOutput, SamplingParams
+from vattn.outputs import RequestOutput
+from vattn.sampling_params import SamplingParams
 
 PROMPT = "A transaction is a group of statements"
 PLAIN_CHAT = (
@@ -275,7 +276,7 @@ def test_a_stream_ends_with_what_generate_gives(llm: vattn.LLM) -> None:
 def test_deltas_add_up(llm: vattn.LLM) -> None:
     whole = only(llm.generate(PROMPT, greedy(30, stop=["\0"]), use_tqdm=False))
     text, tokens = "", []
-    for output in llm.stream(PROMPT, greedy(30, stop=["\0"]), kind=vattn.OutputKind.DELTA):
+    for output in llm.stream(PROMPT, greedy(30, stop=["\0"]), kind=vattn.RequestOutputKind.DELTA):
         text += output.outputs[0].text
         tokens += output.outputs[0].token_ids
     assert (text, tokens) == (whole.text, whole.token_ids)

@@ -17,7 +17,8 @@ import vattn
 from tests.engine_cases import EMBEDDED_PATH, assert_nothing_left, fresh_model, greedy, make_llm
 from vattn.engine.config import EngineConfig
 from vattn.hf.model import load_model
-from vattn.request import RequestOutput, SamplingParams
+from vattn.outputs import RequestOutput
+from vattn.sampling_params import SamplingParams
 
 A, B, C = [5, 6, 7], [9, 8], [11, 12, 13, 14]
 
@@ -69,8 +70,8 @@ def test_generate_inside_a_stream(llm: vattn.LLM) -> None:
     assert sorted(seen) == [1, 12, 12]
 
 
-@pytest.mark.parametrize("kind", list(vattn.OutputKind))
-def test_streams_side_by_side(llm: vattn.LLM, kind: vattn.OutputKind) -> None:
+@pytest.mark.parametrize("kind", list(vattn.RequestOutputKind))
+def test_streams_side_by_side(llm: vattn.LLM, kind: vattn.RequestOutputKind) -> None:
     wanted = [tokens_of(llm, prompt, 9) for prompt in (A, B)]
     streams = [llm.stream(prompt, greedy(9), kind=kind) for prompt in (A, B)]
     got: list[list[int]] = [[], []]
@@ -78,11 +79,11 @@ def test_streams_side_by_side(llm: vattn.LLM, kind: vattn.OutputKind) -> None:
         for tokens, output in zip(got, pair, strict=True):
             new = output.outputs[0].token_ids
             assert new
-            tokens[:] = tokens + new if kind is vattn.OutputKind.DELTA else new
+            tokens[:] = tokens + new if kind is vattn.RequestOutputKind.DELTA else new
     for tokens, stream in zip(got, streams, strict=True):  # zip leaves the longer one unread
         for output in in_time(stream):
             new = output.outputs[0].token_ids
-            tokens[:] = tokens + new if kind is vattn.OutputKind.DELTA else new
+            tokens[:] = tokens + new if kind is vattn.RequestOutputKind.DELTA else new
     assert got == wanted
 
 
@@ -115,7 +116,7 @@ def test_samples_of_one_prompt_are_told_once_each(llm: vattn.LLM) -> None:
     params = SamplingParams(n=3, seed=1, max_tokens=6, ignore_eos=True)
     (whole,) = llm.generate(A, params, use_tqdm=False)
     got: dict[int, list[int]] = {0: [], 1: [], 2: []}
-    for output in in_time(llm.stream(A, params, kind=vattn.OutputKind.DELTA)):
+    for output in in_time(llm.stream(A, params, kind=vattn.RequestOutputKind.DELTA)):
         for sample in output.outputs:
             got[sample.index] += sample.token_ids
         tokens_of(llm, B, 2)

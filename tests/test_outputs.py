@@ -15,17 +15,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import vattn.models
 from vattn.engine.detokenizer import Detokenizer, TextSource
-from vattn.engine.outputs import OutputKind, OutputProcessor
+from vattn.engine.outputs import OutputProcessor
 from vattn.engine.sampled import HostLogprobs, HostSampled
 from vattn.engine.stops import StopStrings
-from vattn.request import (
-    CompletionOutput,
-    FinishReason,
-    Request,
-    RequestOutput,
-    SamplingParams,
-    Status,
-)
+from vattn.outputs import CompletionOutput, RequestOutput
+from vattn.request import FinishReason, Request, Status
+from vattn.sampling_params import RequestOutputKind, SamplingParams
 
 TINY = Path(vattn.models.__path__[0]) / "tiny"
 EOS = 2
@@ -321,7 +316,7 @@ def ids(text: str) -> list[int]:
 def output(
     processor: OutputProcessor,
     requests: Sequence[Request],
-    kind: OutputKind = OutputKind.CUMULATIVE,
+    kind: RequestOutputKind = RequestOutputKind.CUMULATIVE,
 ) -> RequestOutput:
     return processor.request_output("r", "A page", requests[0].prompt_ids, requests, kind)
 
@@ -418,7 +413,7 @@ def test_deltas_add_up_to_the_whole(options: dict[str, Any], every: int) -> None
         step(told, [each], [token])
         step(whole, [again], [token])
         if i % every == 0 or each.finished:
-            for sample in output(told, [each], OutputKind.DELTA).outputs:
+            for sample in output(told, [each], RequestOutputKind.DELTA).outputs:
                 text += sample.text
                 tokens += sample.token_ids
                 reasons.append(sample.finish_reason)
@@ -428,7 +423,7 @@ def test_deltas_add_up_to_the_whole(options: dict[str, Any], every: int) -> None
     assert (text, tokens) == (one(whole, again).text, each.output_ids)
     assert reasons[-1] == "stop"
     assert set(reasons[:-1]) == {None}
-    assert output(told, [each], OutputKind.DELTA).outputs == []
+    assert output(told, [each], RequestOutputKind.DELTA).outputs == []
 
 
 def test_an_output_of_samples() -> None:
@@ -438,11 +433,11 @@ def test_an_output_of_samples() -> None:
         processor.add(each)
     samples[0].cached = 2
     step(processor, samples[:2], [ids("It")[0], EOS])
-    first = output(processor, samples, OutputKind.DELTA)
+    first = output(processor, samples, RequestOutputKind.DELTA)
     assert [sample.index for sample in first.outputs] == [0, 1]
     assert (first.finished, first.num_cached_tokens) == (False, 2)
     step(processor, samples, [EOS, EOS, EOS])
-    second = output(processor, samples, OutputKind.DELTA)
+    second = output(processor, samples, RequestOutputKind.DELTA)
     assert [sample.index for sample in second.outputs] == [0, 2]
     assert second.finished
     whole = output(processor, samples)
@@ -505,7 +500,7 @@ def test_logprobs_come_with_the_text_of_their_tokens() -> None:
     assert [entry[t].decoded_token for t in entry] == [embedded.decode([t]) for t in entry]
     each.tokens.append(4)
     processor.process([each], sampled([4], [0]))
-    (new,) = processor.completion(each, OutputKind.DELTA).logprobs or []
+    (new,) = processor.completion(each, RequestOutputKind.DELTA).logprobs or []
     assert set(new) == {4, 5}
     assert new[4].decoded_token == embedded.decode([4])
     processor.check()

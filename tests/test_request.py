@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vattn.request import FinishReason, Request, SamplingParams, Status
+from vattn.request import FinishReason, Request, Status
+from vattn.sampling_params import SamplingParams
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"n": 0}, "n=0 must be at least 1"),

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from vattn.engine.draw import derive_seed, pick, stream_keys, uniforms
 from vattn.engine.filters import Filters
 from vattn.engine.sampler import LogitsProcessor, Sampler
-from vattn.request import Request, SamplingParams
+from vattn.request import Request
+from vattn.sampling_params import SamplingParams
 
 DRAWS = 20_000
 EMPTY = -math.inf

@@ -9,7 +9,8 @@ import pytest
 from tests.scheduler_model import FakeEngine, FakeMemory, expected_tokens, make_request
 from vattn.engine.scheduler import Plan, Scheduler
 from vattn.engine.waiting import RequestQueue
-from vattn.request import FinishReason, Request, SamplingParams, Status
+from vattn.request import FinishReason, Request, Status
+from vattn.sampling_params import SamplingParams
 
 
 def step_by_step(test: Any) -> Any:

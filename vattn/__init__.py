@@ -19,7 +19,6 @@ from vattn._core import DriverError, InvariantError, OutOfPages, OutOfSlots, Pag
 
 if TYPE_CHECKING:
     from vattn import allocator
-    from vattn.engine.outputs import OutputKind
     from vattn.hf.cache import VirtualCache
     from vattn.kv.cache import KVCache
     from vattn.kv.layout import LayerSpec
@@ -28,7 +27,20 @@ if TYPE_CHECKING:
     from vattn.kv.slots import Slot
     from vattn.llm import LLM
     from vattn.metrics import EngineStats
-    from vattn.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+    from vattn.outputs import (
+        BeamSearchOutput,
+        BeamSearchSequence,
+        CompletionOutput,
+        KVUsage,
+        Logprob,
+        RequestOutput,
+    )
+    from vattn.sampling_params import (
+        BeamSearchParams,
+        RequestOutputKind,
+        SamplingParams,
+        StructuredOutputsParams,
+    )
     from vattn.virtual_tensor import VirtualTensor, reserve
 
 __version__ = "0.1.0"
@@ -36,20 +48,25 @@ __version__ = "0.1.0"
 # torch and transformers take seconds to import, and `vattn --help` needs neither: what needs them
 # is imported when it is first asked for.
 _HOMES = {
+    "StructuredOutputsParams": "vattn.sampling_params",
+    "BeamSearchParams": "vattn.sampling_params",
+    "KVUsage": "vattn.outputs",
+    "BeamSearchSequence": "vattn.outputs",
+    "BeamSearchOutput": "vattn.outputs",
     "CacheStats": "vattn.kv.report",
-    "CompletionOutput": "vattn.request",
+    "CompletionOutput": "vattn.outputs",
     "EngineStats": "vattn.metrics",
     "KVCache": "vattn.kv.cache",
     "LLM": "vattn.llm",
     "LayerSpec": "vattn.kv.layout",
-    "Logprob": "vattn.request",
+    "Logprob": "vattn.outputs",
     "MemoryMap": "vattn.kv.report",
-    "OutputKind": "vattn.engine.outputs",
+    "RequestOutputKind": "vattn.sampling_params",
     "PagePool": "vattn.kv.pool",
     "PageState": "vattn.kv.report",
     "PoolStats": "vattn.kv.pool",
-    "RequestOutput": "vattn.request",
-    "SamplingParams": "vattn.request",
+    "RequestOutput": "vattn.outputs",
+    "SamplingParams": "vattn.sampling_params",
     "Slot": "vattn.kv.slots",
     "SlotMap": "vattn.kv.report",
     "VirtualCache": "vattn.hf.cache",
@@ -59,26 +76,31 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CacheStats",
     "CompletionOutput",
     "DriverError",
     "EngineStats",
     "InvariantError",
     "KVCache",
+    "KVUsage",
     "LayerSpec",
     "Logprob",
     "MemoryMap",
     "OutOfPages",
     "OutOfSlots",
-    "OutputKind",
     "PagePool",
     "PageState",
     "PagesGone",
     "PoolStats",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "Slot",
     "SlotMap",
+    "StructuredOutputsParams",
     "VirtualCache",
     "VirtualTensor",
     "__version__",

@@ -17,14 +17,15 @@ from transformers import PreTrainedModel
 
 from vattn.engine.config import EngineConfig
 from vattn.engine.engine import Engine
-from vattn.engine.outputs import OutputKind
 from vattn.engine.prompts import Prompt, as_prompts, check_timeout, one_each, parse_prompt
 from vattn.hf.attention import taken_over
 from vattn.hf.model import load_model, load_tokenizer
 from vattn.kv.pool import PagePool
 from vattn.kv.report import MemoryMap
 from vattn.metrics import EngineStats
-from vattn.request import Request, RequestOutput, SamplingParams
+from vattn.outputs import RequestOutput
+from vattn.request import Request
+from vattn.sampling_params import RequestOutputKind, SamplingParams
 
 Params: TypeAlias = "SamplingParams | Sequence[SamplingParams] | None"
 
@@ -170,14 +171,14 @@ class LLM:
                 self._abort(samples)
                 raise
             bar.update(len(samples) - bar.n)
-        return [self._output(each, OutputKind.CUMULATIVE) for each in asked]
+        return [self._output(each, RequestOutputKind.CUMULATIVE) for each in asked]
 
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: Params = None,
         *,
-        kind: OutputKind = OutputKind.CUMULATIVE,
+        kind: RequestOutputKind = RequestOutputKind.CUMULATIVE,
         priority: Sequence[int] | None = None,
         timeout_s: float | None = None,
     ) -> Iterator[RequestOutput]:
@@ -200,15 +201,17 @@ class LLM:
                 the LLM was closed.
         """
         self._check_open()
-        if not isinstance(kind, OutputKind):
-            raise ValueError(f"kind={kind!r} must be OutputKind.CUMULATIVE or OutputKind.DELTA")
+        if not isinstance(kind, RequestOutputKind):
+            raise ValueError(
+                f"kind={kind!r} must be RequestOutputKind.CUMULATIVE or RequestOutputKind.DELTA"
+            )
         return self._stream(prompts, sampling_params, kind, priority, timeout_s)
 
     def _stream(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: Params,
-        kind: OutputKind,
+        kind: RequestOutputKind,
         priority: Sequence[int] | None,
         timeout_s: float | None,
     ) -> Iterator[RequestOutput]:
@@ -391,7 +394,7 @@ class LLM:
             )
         return self.tokenizer
 
-    def _output(self, asked: _Asked, kind: OutputKind) -> RequestOutput:
+    def _output(self, asked: _Asked, kind: RequestOutputKind) -> RequestOutput:
         return self.engine.outputs.request_output(
             asked.id, asked.prompt, asked.token_ids, asked.samples, kind, asked.error
         )

@@ -1,157 +1,13 @@
-"""What a user asks of the engine and what comes back; no torch here."""
+"""What the scheduler schedules: one sample of one prompt, and how far it is; no torch here."""
 
 from __future__ import annotations
 
 import enum
-import math
-import numbers
-import operator
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-_SEED_LIMIT = 2**63
-MAX_LOGPROBS = 1024
-# Below it a distribution is a single token but for rounding; vLLM draws the line here, too.
-GREEDY_TEMPERATURE = 1e-5
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How one request is sampled. Names and defaults are vLLM's; an unknown one is a TypeError.
-
-    Args:
-        n: samples per prompt; they share the pages of the prompt.
-        temperature: 0, or anything below 1e-5, takes the likeliest token.
-        top_p: smallest set of tokens with this much probability, 0 < p <= 1.
-        top_k: the k likeliest tokens; 0 or -1 for all.
-        min_p: tokens at least this probable relative to the likeliest, 0 <= p <= 1.
-        seed: of this request; the same seed gives the same tokens in any batch. None draws one.
-        stop: strings that end the text; not part of it unless ``include_stop_str_in_output``.
-        stop_token_ids: tokens that end it, beside the model's end-of-sequence tokens.
-        ignore_eos: go on after the model's end-of-sequence tokens.
-        max_tokens: most new tokens; None for as many as the model's length allows.
-        min_tokens: no end-of-sequence or stop token and no stop string before so many new tokens.
-        logprobs: the log probabilities of this many likeliest tokens and of the sampled one, at
-            each position; None for none.
-        detokenize: produce text; needs a tokenizer.
-        skip_special_tokens: leave special tokens out of the text.
-
-    Raises:
-        ValueError: a value out of range; the message names it and what is allowed.
-    """
-
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    stop: str | Sequence[str] | None = None
-    stop_token_ids: Sequence[int] | None = None
-    ignore_eos: bool = False
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    logprobs: int | None = None
-    detokenize: bool = True
-    skip_special_tokens: bool = True
-    include_stop_str_in_output: bool = False
-
-    def __post_init__(self) -> None:
-        self._check_whole("n", 1, 4096)
-        self._check_number("temperature", 0.0, math.inf)
-        self._check_number("top_p", 0.0, 1.0)
-        if self.top_p == 0:
-            raise ValueError("top_p=0 leaves no token; use a value above 0 and at most 1")
-        self._check_whole("top_k", -1, _SEED_LIMIT)
-        self._check_number("min_p", 0.0, 1.0)
-        if self.seed is not None:
-            self._check_whole("seed", 0, _SEED_LIMIT - 1)
-        if self.max_tokens is not None:
-            self._check_whole("max_tokens", 1, _SEED_LIMIT)
-        self._check_whole("min_tokens", 0, _SEED_LIMIT)
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}; lower it"
-            )
-        if self.logprobs is not None:
-            self._check_whole("logprobs", 0, MAX_LOGPROBS)
-        for name in (
-            "ignore_eos",
-            "detokenize",
-            "skip_special_tokens",
-            "include_stop_str_in_output",
-        ):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
-        object.__setattr__(self, "stop", self._stop_strings())
-        object.__setattr__(self, "stop_token_ids", self._stop_ids())
-        if self.stop and not self.detokenize:
-            raise ValueError("stop strings need text; leave detokenize on, or use stop_token_ids")
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """The stop strings, none of them empty."""
-        return tuple(self.stop or ())
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """The stop token ids."""
-        return tuple(self.stop_token_ids or ())
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is taken always."""
-        return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1
-
-    def _stop_strings(self) -> tuple[str, ...]:
-        given: Any = self.stop
-        stop = [given] if isinstance(given, str) else _list(given)
-        if stop is None or not all(isinstance(text, str) and text for text in stop):
-            raise ValueError(f"stop={given!r} must be non-empty strings")
-        return tuple(stop)
-
-    def _stop_ids(self) -> tuple[int, ...]:
-        ids = _list(self.stop_token_ids)
-        if ids is None or not all(_is_whole(token) and token >= 0 for token in ids):
-            raise ValueError(f"stop_token_ids={self.stop_token_ids!r} must be token ids, 0 or more")
-        return tuple(operator.index(token) for token in ids)
-
-    def _check_whole(self, name: str, low: int, high: int) -> None:
-        value = getattr(self, name)
-        if not _is_whole(value):
-            raise ValueError(f"{name}={value!r} must be a whole number")
-        if not low <= operator.index(value) <= high:
-            raise ValueError(f"{name}={value!r} must be at least {low} and at most {high}")
-        object.__setattr__(self, name, operator.index(value))
-
-    def _check_number(self, name: str, low: float, high: float) -> None:
-        value = getattr(self, name)
-        if not _is_number(value):
-            raise ValueError(f"{name}={value!r} must be a number")
-        if not low <= value <= high or math.isinf(value):
-            limit = "" if math.isinf(high) else f" and at most {high:g}"
-            raise ValueError(f"{name}={value!r} must be at least {low:g}{limit}, and finite")
-        object.__setattr__(self, name, float(value))
-
-
-def _is_whole(value: Any) -> bool:
-    """Whether it is an integer, numpy's included; True and False are not meant as numbers."""
-    return not isinstance(value, bool) and hasattr(value, "__index__")
-
-
-def _is_number(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, numbers.Real)
-
-
-def _list(values: Any) -> list[Any] | None:
-    """Any iterable as a list, None as an empty one; None if it is neither."""
-    if values is None:
-        return []
-    try:
-        return list(values)
-    except TypeError:
-        return None
+from vattn.outputs import KVUsage, Logprob, Timings
+from vattn.sampling_params import SamplingParams
 
 
 class Status(enum.IntEnum):
@@ -170,26 +26,6 @@ class FinishReason(enum.StrEnum):
     ABORT = "abort"
     DEADLINE = "deadline"
     ERROR = "error"
-
-
-@dataclass(slots=True)
-class Timings:
-    """Moments of a request, in seconds of ``time.monotonic``; 0 for not yet."""
-
-    arrival_s: float = 0.0
-    scheduled_s: float = 0.0
-    first_token_s: float = 0.0
-    last_token_s: float = 0.0
-    finished_s: float = 0.0
-
-
-@dataclass(slots=True)
-class Logprob:
-    """Log probability of a token at one position, and its rank (1 is the likeliest)."""
-
-    logprob: float
-    rank: int
-    decoded_token: str | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -213,6 +49,12 @@ class Request:
     deadline_s: float | None = None  # of time.monotonic
     cache_salt: str = ""
     source: Request | None = None  # the sample 0 whose prompt this one shares
+    grammar: Any = None  # what its output must be in, as far as it has come; see structured.py
+    group: Any = None  # the beams that it is one of; see beams.py
+    # The scheduler launches no step of it before its latest token has arrived on the host.
+    waits_for_tokens: bool = False
+    # A step of it is sampled only when its latest token has arrived on the host.
+    needs_tokens: bool = False
 
     tokens: list[int] = field(default_factory=list)  # prompt and output
     computed: int = 0
@@ -227,7 +69,11 @@ class Request:
     error: str | None = None
     order: int = 0  # of arrival; set by the scheduler
     preemptions: int = 0
+    drafts: list[int] = field(default_factory=list)  # guesses at its next tokens, to be verified
     logprobs: list[dict[int, Logprob]] | None = None  # per output token, if asked for
+    # Per token of the prompt, if asked for; as far as they are known.
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    kv: KVUsage | None = None  # when it ended
     timings: Timings = field(default_factory=Timings)
 
     def __post_init__(self) -> None:
@@ -260,33 +106,3 @@ class Request:
         assert self.in_flight >= 0, self
         assert self.tokens[: len(self.prompt_ids)] == self.prompt_ids, self
         assert (self.finish_reason is None) == (self.status is not Status.FINISHED), self
-
-
-@dataclass(frozen=True)
-class CompletionOutput:
-    """One sample, so far or whole. ``text`` is empty without a tokenizer."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[dict[int, Logprob]] | None
-    finish_reason: str | None
-    stop_reason: int | str | None
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class RequestOutput:
-    """What became of one prompt.
-
-    ``num_cached_tokens`` counts prompt tokens whose K and V were found in the cache. ``metrics``
-    are the moments of the first sample.
-    """
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    finished: bool
-    num_cached_tokens: int
-    metrics: Timings

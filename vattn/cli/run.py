@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vattn.cli.generate import Request
-from vattn.engine.outputs import OutputKind
 from vattn.kv.report import CacheStats, MemoryMap
 from vattn.llm import LLM
 from vattn.metrics import EngineStats
-from vattn.request import CompletionOutput, RequestOutput, SamplingParams
+from vattn.outputs import CompletionOutput, RequestOutput
+from vattn.sampling_params import RequestOutputKind, SamplingParams
 
 # With so few sequences memory is looked at after each step, else now and then.
 _FEW_SEQUENCES = 16
@@ -158,7 +158,7 @@ class Run:
         timing = self.timing
         prompts = [{"prompt_token_ids": ids} for ids in self._prompt_ids]
         try:
-            for output in self.llm.stream(prompts, self.params, kind=OutputKind.DELTA):
+            for output in self.llm.stream(prompts, self.params, kind=RequestOutputKind.DELTA):
                 tokens = sum(len(new.token_ids) for new in output.outputs)
                 timing.total_s = time.perf_counter() - started
                 timing.tokens += tokens

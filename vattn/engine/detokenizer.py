@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from vattn.engine.stops import StopStrings
-from vattn.request import SamplingParams
+from vattn.sampling_params import SamplingParams
 
 _UNFINISHED = "\ufffd"  # how decoders write a character whose rest may still come
 _CONTEXT_TOKENS = 6  # of the prompt; enough for a decoder to know what to put before the next

@@ -28,7 +28,8 @@ from vattn.hf.model import LoadedModel
 from vattn.kv.pool import PagePool
 from vattn.kv.swap import SwapSpace
 from vattn.metrics import EngineStats
-from vattn.request import FinishReason, Request, SamplingParams, Status
+from vattn.request import FinishReason, Request, Status
+from vattn.sampling_params import SamplingParams
 
 _PAUSE_S = 0.001
 _SWAP_GIB = {"cpu": 0.0, "cuda": 4.0}

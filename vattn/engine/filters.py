@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vattn.request import SamplingParams
+from vattn.sampling_params import SamplingParams
 
 # Rows of top_p look among so many tokens first, where looking again costs no wait for the device.
 _FIRST_LOOK = 256

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from vattn.engine.config import EngineConfig
 from vattn.engine.draw import derive_seed
 from vattn.hf.model import LoadedModel
-from vattn.request import Request, SamplingParams
+from vattn.request import Request
+from vattn.sampling_params import SamplingParams
 
 
 class Intake:

@@ -7,32 +7,16 @@ anything per step.
 from __future__ import annotations
 
 import copy
-import enum
 from collections.abc import Sequence
 from typing import Any
 
 from vattn.engine.detokenizer import Detokenizer, TextSource
 from vattn.engine.sampled import HostSampled
-from vattn.request import (
-    CompletionOutput,
-    FinishReason,
-    Logprob,
-    Request,
-    RequestOutput,
-    Timings,
-)
+from vattn.outputs import CompletionOutput, Logprob, RequestOutput, Timings
+from vattn.request import FinishReason, Request
+from vattn.sampling_params import RequestOutputKind
 
-__all__ = ["Detokenizer", "OutputKind", "OutputProcessor"]
-
-
-class OutputKind(enum.Enum):
-    """How much an output holds; after vLLM's ``RequestOutputKind``.
-
-    Its third, only the final one, needs no name here: ask when the request has finished.
-    """
-
-    CUMULATIVE = 0  # everything so far
-    DELTA = 1  # what is new since the last one
+__all__ = ["Detokenizer", "OutputProcessor"]
 
 
 class _State:
@@ -133,7 +117,7 @@ class OutputProcessor:
     # Outputs --------------------------------------------------------------------------------------
 
     def completion(
-        self, request: Request, kind: OutputKind = OutputKind.CUMULATIVE
+        self, request: Request, kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     ) -> CompletionOutput:
         """What a request has so far, or what is new since it was last asked for.
 
@@ -143,7 +127,7 @@ class OutputProcessor:
         """
         state: _State = request.output
         first, start = state.told_tokens, len(request.prompt_ids)
-        delta = kind is OutputKind.DELTA
+        delta = kind is RequestOutputKind.DELTA
         logprobs = self._named(request, state)
         state.told_tokens, state.told_end = len(request.tokens) - start, request.finished
         error = request.error
@@ -168,7 +152,7 @@ class OutputProcessor:
         prompt: str | None,
         prompt_token_ids: list[int],
         samples: Sequence[Request],
-        kind: OutputKind = OutputKind.CUMULATIVE,
+        kind: RequestOutputKind = RequestOutputKind.CUMULATIVE,
         error: str | None = None,
     ) -> RequestOutput:
         """One prompt's output.
@@ -186,7 +170,7 @@ class OutputProcessor:
             failed = CompletionOutput(0, "", [], None, reason, None, error)
             return RequestOutput(request_id, prompt, prompt_token_ids, [failed], True, 0, Timings())
         told = samples
-        if kind is OutputKind.DELTA:
+        if kind is RequestOutputKind.DELTA:
             told = [request for request in samples if _has_news(request)]
         return RequestOutput(
             request_id=request_id,

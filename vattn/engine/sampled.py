@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vattn.request import Logprob
+from vattn.outputs import Logprob
 
 cuda: Any = torch.cuda  # parts of it are untyped
 
