@@ -18,17 +18,19 @@ SAMPLED = -1
 
 @dataclass(frozen=True)
 class StepBatch:
-    """A packed batch of T new tokens of S sequences; R of them are followed by sampling.
+    """A packed batch of T new tokens of S sequences; after R of them a token is sampled.
 
     Args:
-        slots: int32 ``[S]``, the decodes' slots ascending, then the chunks'.
-        query_lens: int32 ``[S]``, new tokens; 1 for each decode.
+        slots: int32 ``[S]``, the decodes' slots ascending, then those of sequences that verify
+            drafts, then the chunks'.
+        query_lens: int32 ``[S]``, new tokens, drafts included; 1 for each decode.
         kv_lens: int32 ``[S]``, tokens in the slot, the new ones included; all of them ensured.
         num_decodes: how many of the S are decodes.
         input_ids: int64 ``[T]``, the new tokens; :data:`SAMPLED` for those still on the device.
-        logit_rows: int64 ``[R]``, those of the T tokens after which logits are wanted, ascending:
-            the decodes', then the last ones of the chunks that end a prompt.
-        sample_slots: int64 ``[R]``, the slots of their sequences.
+        logit_rows: int64 ``[R + P]``, those of the T tokens after which logits are wanted. First
+            the R: the decodes', the last token and the drafts of those that verify, and the last
+            ones of the chunks that end a prompt; then P tokens of prompts that are scored.
+        sample_slots: int64 ``[R]``, the slots of the R.
     """
 
     slots: Int32
@@ -52,13 +54,24 @@ def pack(plan: Plan) -> StepBatch:
     query_lens = [1] * decodes
     rows = list(range(decodes))
     sample_slots = plan.slots[:decodes]
+    for request, drafts in plan.verifies:
+        rows += range(len(ids), len(ids) + 1 + drafts)
+        sample_slots += [request.slot] * (1 + drafts)
+        query_lens.append(1 + drafts)
+        ids.append(request.tokens[-1])
+        ids += request.drafts[:drafts]
+    begins: dict[Request, int] = {}  # where the token of position 0 would be among the ids
     for request, n in plan.chunks:
         first = request.computed
+        begins[request] = len(ids) - first
         query_lens.append(n)
         ids += request.tokens[first : first + n]
         if first + n == len(request.tokens):
             rows.append(len(ids) - 1)
             sample_slots.append(request.slot)
+    for request, first, count in plan.scored:
+        begin = begins[request] + first
+        rows += range(begin, begin + count)
     return StepBatch(
         slots=np.array(plan.slots, np.int32),
         query_lens=np.array(query_lens, np.int32),

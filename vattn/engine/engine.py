@@ -7,20 +7,20 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from vattn._core import DriverError
 from vattn.attention.select import choose
-from vattn.engine.batch import pack
+from vattn.engine.batch import StepBatch, pack
 from vattn.engine.config import EngineConfig
 from vattn.engine.graphs import can_capture
 from vattn.engine.intake import Intake
 from vattn.engine.memory import MemoryManager
 from vattn.engine.outputs import OutputProcessor
 from vattn.engine.runner import ModelRunner
-from vattn.engine.sampled import Arriving
+from vattn.engine.sampled import Arriving, HostSampled, Sampled
 from vattn.engine.sampler import Sampler
 from vattn.engine.scheduler import Plan, Scheduler
 from vattn.engine.setup import make_cache, make_pool, max_model_len, model_forward
@@ -212,10 +212,20 @@ class Engine:
         if self._inbox:
             self._take_inbox()
         plan = self.scheduler.schedule()
-        launched = self._launch(plan) if plan.slots else None
+        forwarded = self._forward(plan) if plan.slots else None
+        news: list[Request] = []
+        if self._in_flight is not None and any(
+            r.needs_tokens and r.in_flight for r in plan.sampling
+        ):
+            # How they are sampled depends on their latest tokens. The device runs the model while
+            # the host looks at these.
+            launched, self._in_flight = self._in_flight, None
+            news = self._take(launched)
+        launched = None if forwarded is None else self._sample(forwarded)
         if self.is_async:
             launched, self._in_flight = self._in_flight, launched
-        news = [] if launched is None else self._take(launched)
+        if launched is not None:
+            news = news + self._take(launched)
         ended = self.scheduler.take_finished()
         if ended:
             seen = set(map(id, news))
@@ -266,16 +276,26 @@ class Engine:
             if not samples:
                 del self._samples[name]
 
-    def _launch(self, plan: Plan) -> _Launched | None:
-        """Forward and sampling of a step; None if it went wrong, or nobody gets a token."""
+    def _forward(self, plan: Plan) -> _Forwarded | None:
+        """Launches the model over a step; None if that went wrong."""
         self._steps += 1
         batch = pack(plan)
         self.scheduler.computed(plan)
         try:
-            logits = self.runner.run(batch)
+            return _Forwarded(plan, batch, self.runner.run(batch))
+        except Exception as error:
+            if _is_fatal(error):
+                raise
+            self._fail(plan, error)
+            return None
+
+    def _sample(self, forwarded: _Forwarded) -> _Launched | None:
+        """Launches what follows the model; None if it went wrong, or nobody is told anything."""
+        plan, batch, logits = forwarded
+        try:
             arriving = None
-            if plan.sampling:
-                sampled = self.sampler.sample(logits, plan.sampling)
+            if plan.is_told:
+                sampled = self._sampled(plan, logits)
                 self.runner.remember(batch, sampled.token_ids)
                 arriving = sampled.send()
             self.scheduler.sampled(plan)
@@ -288,8 +308,22 @@ class Engine:
                 raise
             self._fail(plan, error)
             return None
-        self._prompt_tokens += len(batch.input_ids) - len(plan.decodes) + prompt_ends
+        drafts = sum(n for _, n in plan.verifies)
+        ours = len(plan.decodes) + len(plan.verifies) + drafts  # tokens that are no prompt's
+        self._prompt_tokens += len(batch.input_ids) - ours + prompt_ends
         return None if arriving is None else _Launched(plan, arriving)
+
+    def _sampled(self, plan: Plan, logits: torch.Tensor) -> Sampled:
+        """The next tokens, and what the model thinks of prompts, on the device."""
+        rows = len(plan.sampling)
+        sampled = self.sampler.sample(logits[:rows], plan.sampling, plan.offsets)
+        if not plan.scored:
+            return sampled
+        targets = [
+            r.prompt_ids[p + 1] for r, first, n in plan.scored for p in range(first, first + n)
+        ]
+        counts = [r.params.prompt_logprobs or 0 for r, _, n in plan.scored for _ in range(n)]
+        return sampled.with_scored(self.sampler.score(logits[rows:], targets, counts))
 
     def _stage(self) -> None:
         """Staging can wait; what the step computes is sound whatever becomes of it."""
@@ -310,6 +344,7 @@ class Engine:
             self._fail(plan, error)
             return []
         sampling = plan.sampling
+        self._record_scores(plan, sampled)
         for row in sampled.bad_rows():
             self.scheduler.finish(
                 sampling[row],
@@ -318,9 +353,8 @@ class Engine:
                 "weights and dtype), or min_tokens and stop_token_ids exclude every token",
             )
         ended = Status.FINISHED
-        news = [request for request in sampling if request.status is not ended]
-        self._generation_tokens += len(news)
-        self.scheduler.append_tokens(plan, sampled.token_ids)
+        news = [request for request in dict.fromkeys(sampling) if request.status is not ended]
+        self._generation_tokens += self.scheduler.append_tokens(plan, sampled.token_ids)
         for request, stop in self.outputs.process(sampling, sampled):
             if isinstance(stop, Exception):
                 text = f"the tokenizer cannot decode its tokens: {stop}"
@@ -330,6 +364,16 @@ class Engine:
             else:
                 self.scheduler.finish(request, FinishReason.STOP, stop_reason=stop)
         return news
+
+    def _record_scores(self, plan: Plan, sampled: HostSampled) -> None:
+        """Log probabilities of prompt tokens, unless they were recorded before a preemption."""
+        row = 0
+        for request, first, count in plan.scored:
+            known = request.prompt_logprobs
+            for position in range(first, first + count):
+                if known is not None and len(known) == position + 1:
+                    known.append(sampled.scored(row))
+                row += 1
 
     def _fail(self, plan: Plan, error: Exception) -> None:
         """The step went wrong: what its requests hold is not to be trusted."""
@@ -377,6 +421,14 @@ class Engine:
                 self._in_flight = None
             self.memory.close()
             self.cache.close()
+
+
+class _Forwarded(NamedTuple):
+    """A step whose model was launched, and its logits, on the device."""
+
+    plan: Plan
+    batch: StepBatch
+    logits: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)

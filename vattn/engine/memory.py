@@ -154,6 +154,8 @@ class MemoryManager:
     def _origin(self, request: Request) -> _Origin:
         """The best place to begin from. At least one token is left to compute, for its logits."""
         most = len(request.tokens) - 1
+        if request.prompt_logprobs is not None:  # what is not computed has no logits
+            most = min(most, len(request.prompt_logprobs) - 1)
         if most <= 0:
             return _Origin("fresh")
 
@@ -179,7 +181,7 @@ class MemoryManager:
         Of many prompts that begin alike and come together, one computes the prefix, and the others
         wait for it instead of doing the same.
         """
-        if not self.prefix_caching or self._has_windows:
+        if not self.prefix_caching or self._has_windows or request.prompt_logprobs is not None:
             return False
         for other in self._fresh:
             if other.slot < 0 or other.cache_salt != request.cache_salt:

@@ -79,40 +79,82 @@ class Plan:
     Args:
         decodes: requests with one token left to compute, by slot. It may still be in flight.
         chunks: of prefills, and how many tokens of each.
+        verifies: requests with one token left to compute that have drafts, and how many of these
+            are computed with it. All of its tokens have arrived.
 
-    The lists over all of them have the decodes first, then the chunks. ``remove`` makes new lists,
-    so those that somebody holds stay as they were.
+    The lists over all of them have the decodes first, then the verifies, then the chunks.
+    ``remove`` makes new lists, so those that somebody holds stay as they were.
+
+    Attributes:
+        slots: of each request.
+        kv_lens: tokens in the slot after the step, drafts included.
+        sampling: whose next token is sampled, one entry per row of logits: a request that verifies
+            has a row after its last token and one after each draft.
+        offsets: how many drafts come before each row; None if there are none.
+        receivers: the same requests, each once.
+        scored: prompts whose log probabilities are wanted: request, first position, and number of
+            positions. The logits there tell of the token that follows.
     """
 
     decodes: list[Request]
     chunks: list[tuple[Request, int]]
+    verifies: list[tuple[Request, int]] = field(default_factory=list)
     slots: list[int] = field(init=False)
-    kv_lens: list[int] = field(init=False)  # tokens in the slot after the step
-    sampling: list[Request] = field(init=False)  # those that get a new token
+    kv_lens: list[int] = field(init=False)
+    sampling: list[Request] = field(init=False)
+    offsets: list[int] | None = field(init=False)
+    receivers: list[Request] = field(init=False)
+    scored: list[tuple[Request, int, int]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.fill()
 
     @property
     def tokens(self) -> int:
-        """New tokens of the step."""
-        return len(self.decodes) + sum([n for _, n in self.chunks])
+        """New tokens of the step, drafts included."""
+        drafts = sum([1 + n for _, n in self.verifies])
+        return len(self.decodes) + drafts + sum([n for _, n in self.chunks])
 
     @property
     def requests(self) -> list[Request]:
-        """All of them: the decodes, then those with a chunk."""
-        return self.decodes + [r for r, _ in self.chunks]
+        """All of them: the decodes, the verifies, then those with a chunk."""
+        return self.decodes + [r for r, _ in self.verifies] + [r for r, _ in self.chunks]
+
+    @property
+    def is_told(self) -> bool:
+        """Whether anything of the step is told: tokens, or what the model thinks of a prompt."""
+        return bool(self.sampling or self.scored)
 
     def fill(self) -> None:
-        """Derives the lists over all from decodes and chunks; before ``computed`` moves on."""
+        """Derives the lists over all from the others; before ``computed`` moves on."""
         self.slots = [r.slot for r in self.decodes]
         self.kv_lens = [r.computed + 1 for r in self.decodes]
-        self.sampling = self.decodes
+        self.sampling = self.receivers = self.decodes
+        self.offsets, self.scored = None, []
+        if self.verifies:
+            self._fill_verifies()
         if self.chunks:
             self.slots += [r.slot for r, _ in self.chunks]
             self.kv_lens += [r.computed + n for r, n in self.chunks]
             whole = [r for r, n in self.chunks if r.computed + n == len(r.tokens)]
-            self.sampling = self.decodes + whole
+            self.sampling, self.receivers = self.sampling + whole, self.receivers + whole
+            if self.offsets is not None:
+                self.offsets += [0] * len(whole)
+            self.scored = [
+                (r, first, count)
+                for r, n in self.chunks
+                if r.prompt_logprobs is not None
+                for first, count in [_to_score(r, n)]
+                if count > 0
+            ]
+
+    def _fill_verifies(self) -> None:
+        self.slots += [r.slot for r, _ in self.verifies]
+        self.kv_lens += [r.computed + 1 + n for r, n in self.verifies]
+        self.sampling = self.decodes + [r for r, n in self.verifies for _ in range(n + 1)]
+        self.receivers = self.decodes + [r for r, _ in self.verifies]
+        self.offsets = [0] * len(self.decodes)
+        self.offsets += [offset for _, n in self.verifies for offset in range(n + 1)]
 
     def add(self, request: Request, tokens: int) -> None:
         """Adds one; :meth:`fill` when the last was added."""
@@ -125,6 +167,7 @@ class Plan:
     def remove(self, request: Request) -> None:
         """Takes one out, if it is there. Its slot may be gone already."""
         self.decodes = [r for r in self.decodes if r is not request]
+        self.verifies = [(r, n) for r, n in self.verifies if r is not request]
         self.chunks = [(r, n) for r, n in self.chunks if r is not request]
         self.fill()
 
@@ -132,11 +175,27 @@ class Plan:
         """Verifies its lists, as long as it has not been launched."""
         assert all(r.uncomputed == 1 for r in self.decodes), self.decodes
         assert all(0 < n <= r.uncomputed for r, n in self.chunks), self.chunks
+        assert all(r.uncomputed == 1 and not r.in_flight for r, _ in self.verifies), self.verifies
+        assert all(0 < n <= len(r.drafts) for r, n in self.verifies), self.verifies
         assert self.decodes == sorted(self.decodes, key=by_slot), self.decodes
         assert self.slots == [r.slot for r in self.requests], self.slots
         assert len(set(self.slots)) == len(self.slots), self.slots
         assert sum(self.kv_lens) == sum([r.computed for r in self.requests]) + self.tokens
-        assert all(n <= r.length for n, r in zip(self.kv_lens, self.requests, strict=True))
+        drafts = dict(self.verifies)
+        for kv_len, request in zip(self.kv_lens, self.requests, strict=True):
+            assert kv_len <= request.length + drafts.get(request, 0) < request.limit + 1, request
+
+
+def _to_score(request: Request, tokens: int) -> tuple[int, int]:
+    """Which positions of a chunk of a prompt are to be scored: the first, and how many.
+
+    The last token of the prompt is not: what follows it is sampled. Neither are those that were,
+    before the request was preempted.
+    """
+    assert request.prompt_logprobs is not None
+    first = max(request.computed, len(request.prompt_logprobs) - 1)
+    last = min(request.computed + tokens, len(request.prompt_ids) - 1)
+    return first, last - first
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,9 @@ from vattn.request import FinishReason, Request, Status
 __all__ = ["Memory", "NeverFits", "Plan", "Policy", "Scheduler", "SchedulerStats"]
 
 Policy = Literal["fcfs", "priority"]
+# Prompt tokens of a step whose log probabilities are wanted: each has a row of logits, which for a
+# vocabulary of 128K is half a megabyte.
+MAX_SCORED_TOKENS = 1024
 _ORDERS: dict[str, Callable[[Request], Any]] = {
     "fcfs": attrgetter("order"),
     "priority": attrgetter("priority", "order"),
@@ -120,6 +123,7 @@ class Scheduler:
         self._computed: Plan | None = None  # until its tokens are sampled
         self._launched: deque[Plan] = deque()  # until their tokens have arrived
         self._barrier: int | None = None  # the smallest rank that gave way in this step
+        self._score_room = MAX_SCORED_TOKENS  # of which this step has so many left
 
     # The policy -----------------------------------------------------------------------------------
 
@@ -166,6 +170,7 @@ class Scheduler:
             self._start(request)
             if self._fits(request, tokens):
                 plan.add(request, tokens)
+                self._spend_scores(request, tokens)
                 added = True
         if added:
             plan.fill()
@@ -178,12 +183,14 @@ class Scheduler:
 
     def _plan_running(self) -> Plan:
         plan = Plan(self._running.decodes, [])
+        self._score_room = MAX_SCORED_TOKENS
         room = self.max_num_batched_tokens - len(plan.decodes)
         for request in self._running.prefills:
             tokens = self._chunk(request, room)
             if not tokens:
                 break
             plan.chunks.append((request, tokens))
+            self._spend_scores(request, tokens)
             room -= tokens
         if plan.chunks:
             plan.fill()
@@ -192,9 +199,15 @@ class Scheduler:
     def _chunk(self, request: Request, room: int) -> int:
         """How many tokens of a prompt to compute, if ``room`` are left."""
         wanted = request.uncomputed
+        if request.prompt_logprobs is not None and self.enable_chunked_prefill:
+            room = min(room, self._score_room)
         if wanted <= room:
             return wanted
         return room if self.enable_chunked_prefill else 0
+
+    def _spend_scores(self, request: Request, tokens: int) -> None:
+        if request.prompt_logprobs is not None:
+            self._score_room -= tokens
 
     def _next(self) -> Request | None:
         """The next to start, with a slot; None if nobody can."""
@@ -291,6 +304,8 @@ class Scheduler:
         assert plan is self._plan, "only the latest plan can be launched, and only once"
         for request in plan.decodes:
             request.computed += 1
+        for request, _ in plan.verifies:
+            request.computed += 1  # of its drafts nothing is certain yet
         for request, tokens in plan.chunks:
             self._running.advance(request, tokens)
         self._plan, self._computed = None, plan
@@ -301,9 +316,9 @@ class Scheduler:
         """Says that the next tokens of ``plan.sampling`` are on their way."""
         assert plan is self._computed, "the plan has not been computed"
         self._computed = None
-        if not plan.sampling:
+        if not plan.is_told:
             return
-        for request in plan.sampling:
+        for request in plan.receivers:
             request.in_flight += 1
             if request.computed + 1 >= request.limit:  # that is its length, now
                 self._running.wait_for_last(request)
@@ -317,6 +332,7 @@ class Scheduler:
         """
         if not self.stage_ahead:
             return
+        self._score_room = MAX_SCORED_TOKENS
         going = self._running.decodes
         slots = [r.slot for r in going]
         tokens = [r.computed + 1 for r in going]
@@ -349,43 +365,61 @@ class Scheduler:
                 break
         return None
 
-    def append_tokens(self, plan: Plan, tokens: Sequence[int]) -> None:
+    def append_tokens(self, plan: Plan, tokens: Sequence[int]) -> int:
         """Appends the sampled tokens of a launched step, and ends requests that are complete.
 
         Args:
             plan: the oldest one whose tokens are missing.
             tokens: of :attr:`Plan.sampling`, as Python integers. Requests that have ended meanwhile
                 are passed over.
+
+        Returns:
+            How many tokens were appended.
         """
         oldest = self._launched.popleft()
         assert oldest is plan, "tokens arrive in the order of the steps"
         now = self._clock()
-        finished = Status.FINISHED
-        for request, token in zip(plan.sampling, tokens, strict=True):
+        drafts = dict(plan.verifies)
+        appended = row = 0
+        for request in plan.receivers:
             request.in_flight -= 1
-            if request.status is finished:
-                continue
-            known = request.tokens
-            known.append(token)
-            timings = request.timings
-            timings.last_token_s = now
-            if not timings.first_token_s:
-                timings.first_token_s = now
-            if token in request.stop_ids or len(known) >= request.limit:
-                self._stop(request, token)
+            rows = 1 + drafts.get(request, 0)
+            if request.status is not Status.FINISHED:
+                if rows == 1:
+                    self._append(request, tokens[row], now)
+                    appended += 1
+                else:
+                    appended += self._append_verified(request, tokens[row : row + rows], now)
+            row += rows
+        return appended
+
+    def _append(self, request: Request, token: int, now: float) -> None:
+        """One more token; it may be the last."""
+        known = request.tokens
+        known.append(token)
+        timings = request.timings
+        timings.last_token_s = now
+        if not timings.first_token_s:
+            timings.first_token_s = now
+        if token in request.stop_ids or len(known) >= request.limit:
+            self._stop(request, token)
+
+    def _append_verified(self, request: Request, tokens: Sequence[int], now: float) -> int:
+        """The drafts that were guessed right, and the token after them; how many these are."""
+        raise NotImplementedError
 
     def fail(self, plan: Plan, error: str) -> None:
         """Ends all requests of a plan whose step went wrong; its tokens never arrive."""
         self._computed = None
         self.drop(plan)
-        for request in [*plan.decodes, *(r for r, _ in plan.chunks)]:
+        for request in plan.requests:
             self.finish(request, FinishReason.ERROR, error=error)
 
     def drop(self, plan: Plan) -> None:
         """Says that nobody waits for the tokens of a launched plan."""
         if plan in self._launched:
             self._launched.remove(plan)
-            for request in plan.sampling:
+            for request in plan.receivers:
                 request.in_flight -= 1
 
     def _stop(self, request: Request, token: int) -> None:
@@ -570,7 +604,7 @@ class Scheduler:
         assert self._staged == sorted(self._staged, key=self._order), self._staged
         assert self._running.active <= self.max_num_seqs, self._running.active
         assert len(self._launched) <= self.steps_in_flight + 1, self._launched
-        flying = Counter(r for plan in self._launched for r in plan.sampling)
+        flying = Counter(r for plan in self._launched for r in plan.receivers)
         assert all(r.in_flight == flying[r] for r in every), flying
         slots = [request.slot for request in placed]
         assert min(slots, default=0) >= 0, slots
