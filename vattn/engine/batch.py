@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from vattn.attention.base import Int32
 from vattn.engine.policy import Plan
+from vattn.request import Request
 
 Int64 = npt.NDArray[np.int64]
 

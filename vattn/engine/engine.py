@@ -214,9 +214,7 @@ class Engine:
         plan = self.scheduler.schedule()
         forwarded = self._forward(plan) if plan.slots else None
         news: list[Request] = []
-        if self._in_flight is not None and any(
-            r.needs_tokens and r.in_flight for r in plan.sampling
-        ):
+        if self._in_flight is not None and _need_tokens(plan):
             # How they are sampled depends on their latest tokens. The device runs the model while
             # the host looks at these.
             launched, self._in_flight = self._in_flight, None
@@ -320,7 +318,7 @@ class Engine:
         if not plan.scored:
             return sampled
         targets = [
-            r.prompt_ids[p + 1] for r, first, n in plan.scored for p in range(first, first + n)
+            t for r, first, n in plan.scored for t in r.prompt_ids[first + 1 : first + n + 1]
         ]
         counts = [r.params.prompt_logprobs or 0 for r, _, n in plan.scored for _ in range(n)]
         return sampled.with_scored(self.sampler.score(logits[rows:], targets, counts))
@@ -437,6 +435,11 @@ class _Launched:
 
     plan: Plan
     arriving: Arriving
+
+
+def _need_tokens(plan: Plan) -> bool:
+    """Whether what is in flight must have arrived before the next tokens are sampled."""
+    return any(request.needs_tokens and request.in_flight for request in plan.sampling)
 
 
 def _is_fatal(error: Exception) -> bool:
