@@ -93,8 +93,12 @@ def test_end_of_text_and_sampling_defaults() -> None:
     loaded = load_model(model)
     assert loaded.eos_token_ids == {5, 7}
     assert loaded.generation_defaults == {"temperature": 0.6, "top_k": 20, "max_tokens": 9}
-    model.generation_config = generation_config(do_sample=False, max_new_tokens=9)
-    assert load_model(model).generation_defaults == {"temperature": 0.0, "max_tokens": 9}
+    model.generation_config = generation_config(
+        do_sample=False, max_new_tokens=9, repetition_penalty=1.2
+    )
+    loaded = load_model(model)
+    wanted = {"temperature": 0.0, "max_tokens": 9, "repetition_penalty": 1.2}
+    assert (loaded.generation_defaults, loaded.generation_ignored) == (wanted, ())
 
 
 def test_longrope_ends_where_its_factors_change() -> None:

@@ -1,4 +1,4 @@
-"""Sampling against slow references: exact sets, exact distributions, seeds, bad rows, log probs."""
+"""Sampling against slow references: exact sets, seeds, batches, bad rows, log probabilities."""
 
 from __future__ import annotations
 
@@ -11,17 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vattn.engine.draw import derive_seed, pick, stream_keys, uniforms
+from tests.test_distributions import EMPTY, ROW, TRANSFORMS, reference
+from vattn.attention.upload import Ring, Uploader
+from vattn.engine.draw import pick
 from vattn.engine.filters import Filters
 from vattn.engine.sampler import LogitsProcessor, Sampler
 from vattn.request import Request
 from vattn.sampling_params import SamplingParams
-
-DRAWS = 20_000
-EMPTY = -math.inf
-# Sums of squares beyond this have a probability of about 1e-6 under the right distribution; the
-# seeds are fixed, so a test fails always or never.
-SIGMAS = 4.75
 
 
 def request(
@@ -41,120 +37,6 @@ def logits_of(*rows: list[float]) -> torch.Tensor:
 def draw(logits: torch.Tensor, requests: list[Request]) -> list[int]:
     sampled = Sampler(logits.shape[1], "cpu").sample(logits.clone(), requests)
     return sampled.to_host().token_ids
-
-
-# References ---------------------------------------------------------------------------------------
-
-
-def reference(row: np.ndarray[Any, Any], params: SamplingParams) -> np.ndarray[Any, Any]:
-    """The distribution of a row, one token after another, in double precision."""
-    logits = row.astype(np.float64)
-    if params.greedy:
-        return np.where(np.arange(len(row)) == np.argmax(row), 1.0, 0.0)
-    weights = np.exp((logits - logits.max()) / params.temperature)
-    kept = [i for i in range(len(row)) if weights[i] >= params.min_p * weights.max()]
-    kept.sort(key=lambda i: (-row[i], i))
-    if params.top_k > 0:
-        last = row[kept[min(params.top_k, len(kept)) - 1]]
-        kept = [i for i in kept if row[i] >= last]
-    if params.top_p < 1:
-        total, before = sum(weights[i] for i in kept), 0.0
-        for i in kept:
-            last = row[i]
-            before += weights[i]
-            if before >= params.top_p * total:
-                break
-        kept = [i for i in kept if row[i] >= last]
-    probs = np.zeros(len(row))
-    probs[kept] = weights[kept] / weights[kept].sum()
-    return probs
-
-
-def assert_distribution(counts: np.ndarray[Any, Any], probs: np.ndarray[Any, Any]) -> None:
-    """Pearson's chi-square, by Wilson and Hilferty's normal approximation."""
-    assert not counts[probs == 0].any()
-    expected = probs[probs > 0] * counts.sum()
-    seen = counts[probs > 0]
-    if len(expected) == 1:
-        return
-    assert expected.min() >= 5, "too few draws for the test"
-    freedom = len(expected) - 1
-    square = float(((seen - expected) ** 2 / expected).sum())
-    z = ((square / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
-    assert abs(z) < SIGMAS, (z, counts, expected)
-
-
-ROW = [1.5, -0.7, 0.2, 2.1, 0.2, -2.0, 1.1, 0.9, -0.1, EMPTY, 0.4, 1.3]
-TRANSFORMS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "hot": {"temperature": 1.7},
-    "cold": {"temperature": 0.6},
-    "top_k": {"top_k": 4},
-    "top_k_tie": {"top_k": 7},
-    "top_p": {"top_p": 0.8},
-    "min_p": {"min_p": 0.2},
-    "both": {"temperature": 0.8, "top_k": 6, "top_p": 0.7},
-    "all": {"temperature": 1.3, "min_p": 0.12, "top_k": 8, "top_p": 0.9},
-    "greedy": {"temperature": 0.0},
-}
-
-
-# Distributions ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.parametrize("along", ["seeds", "positions"])
-def test_draws_follow_the_distribution(name: str, along: str) -> None:
-    params = SamplingParams(**TRANSFORMS[name])
-    rows = 400
-    sampler = Sampler(len(ROW), "cpu")
-    counts = np.zeros(len(ROW))
-    requests = [Request(str(i), [1], params, 10**6, seed=i) for i in range(rows)]
-    for step in range(DRAWS // rows):
-        if along == "seeds":
-            requests = [Request("r", [1], params, 10**6, seed=step * rows + i) for i in range(rows)]
-        tokens = sampler.sample(logits_of(ROW).repeat(rows, 1), requests).to_host().token_ids
-        counts += np.bincount(tokens, minlength=len(ROW))
-        for each, token in zip(requests, tokens, strict=True):
-            each.tokens.append(token)
-    assert counts.sum() == DRAWS
-    assert_distribution(counts, reference(np.array(ROW, np.float32), params))
-
-
-def test_a_wrong_distribution_is_noticed() -> None:
-    counts = np.array([1000.0, 1000.0, 1000.0])
-    with pytest.raises(AssertionError):
-        assert_distribution(counts, np.array([0.4, 0.3, 0.3]))
-    with pytest.raises(AssertionError):
-        assert_distribution(counts, np.array([0.5, 0.5, 0.0]))
-
-
-def test_uniforms_are_uniform_and_independent_of_their_neighbours() -> None:
-    seeds, positions = np.meshgrid(np.arange(200), np.arange(200))
-    keys = stream_keys(seeds.ravel().tolist())
-    values = uniforms(keys, positions.ravel()).reshape(200, 200)
-    assert 0 <= values.min() < 1e-3 < 1 - 1e-3 < values.max() < 1
-    counts = np.histogram(values, bins=50, range=(0, 1))[0]
-    assert_distribution(counts.astype(float), np.full(50, 1 / 50))
-    for other in (np.roll(values, 1, 0), np.roll(values, 1, 1), values.T):
-        off = ~np.eye(200, dtype=bool)
-        assert abs(np.corrcoef(values[off], other[off])[0, 1]) < 0.03
-
-
-def test_uniforms_are_splitmix64() -> None:
-    # Vigna's splitmix64.c from state 1234567 gives 6457827717110365317 and 3203168211198807973.
-    keys = np.array([1234567, 1234567], np.uint64)
-    wanted = [6457827717110365317, 3203168211198807973]
-    seen = uniforms(keys, np.array([0, 1]))
-    assert (seen * 2**53).astype(np.uint64).tolist() == [value >> 11 for value in wanted]
-
-
-def test_derived_seeds() -> None:
-    seeds = [derive_seed(seed, i) for seed in (0, 1, 7, 2**63 - 1) for i in range(500)]
-    assert len(set(seeds)) == len(seeds)
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    assert derive_seed(7, 0) == 7
-    assert derive_seed(7, 3) == derive_seed(7, 3)
 
 
 # Picking ------------------------------------------------------------------------------------------
@@ -231,7 +113,7 @@ def test_filters_keep_exactly_what_the_reference_keeps(
     values[:, rng.integers(vocabulary)] = 1.0
     temperatures = torch.tensor([p.temperature for p in params])[:, None]
     scaled = torch.from_numpy(values) / temperatures
-    lowest = Filters(params, vocabulary, torch.device("cpu")).lowest(scaled, scaled.softmax(1))
+    lowest = Filters(params, vocabulary, Uploader("cpu")).lowest(scaled, scaled.softmax(1))
     for i, each in enumerate(params):
         alone = SamplingParams(
             temperature=1.0, top_k=each.top_k, top_p=each.top_p, min_p=each.min_p
@@ -250,7 +132,7 @@ def test_top_p_looks_further_where_many_tokens_are_needed(top_k: int) -> None:
         [[0.0], [0.1], [1.0], [3.0], [9.0]]
     )
     params = [SamplingParams(top_p=0.95, top_k=top_k)] * 5
-    lowest = Filters(params, 5000, torch.device("cpu")).lowest(logits, logits.softmax(1))
+    lowest = Filters(params, 5000, Uploader("cpu")).lowest(logits, logits.softmax(1))
     for i in range(5):
         kept = int((logits[i] >= lowest[i]).sum())
         wanted = int((reference(logits[i].numpy(), params[i]) > 0).sum())
@@ -409,39 +291,90 @@ def test_processors_change_logits_but_not_logprobs() -> None:
     assert entry[1].logprob == pytest.approx(float(logits_of(ROW[:6]).log_softmax(1)[0, 1]))
 
 
-# Log probabilities --------------------------------------------------------------------------------
+# Transfers ----------------------------------------------------------------------------------------
 
 
-def test_logprobs_are_of_the_raw_logits() -> None:
-    generator = torch.Generator().manual_seed(8)
-    logits = torch.randn(6, 500, generator=generator) * 2
-    wanted = logits.double().log_softmax(1)
+def test_no_uploader_has_to_wait_for_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has eight buffers, and two steps are under way: four transfers a step are no wait."""
+    made: list[Any] = []
+
+    class Counting(Uploader):
+        def __init__(self, device: Any) -> None:
+            super().__init__(device)
+            self.calls = 0
+            made.append(self)
+
+        def __call__(self, *arrays: Any) -> list[torch.Tensor]:
+            self.calls += 1
+            return super().__call__(*arrays)
+
+    monkeypatch.setattr("vattn.engine.sampler.Uploader", Counting)
+    sampler = Sampler(2000, "cpu")
+    everything: dict[str, Any] = {"min_tokens": 3, "max_tokens": None, "frequency_penalty": 0.5}
     rows = [
-        request(seed=1, temperature=3.0, logprobs=4),
-        request(seed=2),
-        request(temperature=0, logprobs=0),
-        request(seed=4, top_k=5, logprobs=700),
-        request(seed=5, temperature=2.0, top_p=0.9, logprobs=1),
-        request(temperature=0),
+        request(temperature=0, logprobs=2, allowed_token_ids=[3, 4], **everything),
+        request(logprobs=100, allowed_token_ids=range(1, 2000), **everything),
+        request(logprobs=-1, logit_bias={3: 1.0}, top_p=0.4, stop=(3,), **everything),
+        request(top_k=4, top_p=0.4, **everything),
+        request(top_k=4, min_p=0.1, temperature=0.3),
     ]
-    host = Sampler(500, "cpu").sample(logits.clone(), rows).to_host()
-    for i, each in enumerate(rows):
-        token = host.token_ids[i]
-        entry = host.entry(i, token)
-        asked = each.params.logprobs
-        if asked is None:
-            assert entry is None
-            continue
-        assert entry is not None
-        assert next(iter(entry)) == token
-        best = wanted[i].topk(min(asked, 500)).indices.tolist()
-        assert set(entry) == {token, *best}
-        for other, value in entry.items():
-            assert value.logprob == pytest.approx(float(wanted[i, other]), abs=1e-5)
-            assert value.rank == int((logits[i] > logits[i, other]).sum()) + 1
+    rows[3].bad_words_ids = ((3,), (3, 4))
+    logits = torch.randn(5, 2000, generator=torch.Generator().manual_seed(1))
+    for step in range(3):
+        some = rows[: 5 - step % 2]
+        sampled = sampler.sample(logits[: len(some)].clone(), some)
+        scores = sampler.score(logits.clone(), [1, 2, 3, 4, 5], [0, 50, -1, 2, 2])
+        host = sampled.with_scored(scores).to_host()
+        assert len(made) == 9
+        assert max(each.calls for each in made) <= 4, step
+        assert all(each.calls for each in made)
+        for each in made:
+            each.calls = 0
+        for each, token in zip(some, host.token_ids, strict=True):
+            each.tokens.append(token)
 
 
-def test_no_logprobs_no_entries() -> None:
-    host = Sampler(4, "cpu").sample(torch.zeros(1, 4), [request()]).to_host()
-    assert host.logprobs is None
-    assert host.entry(0, host.token_ids[0]) is None
+def test_arrays_that_travel_are_sampled_from_as_those_that_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU: through buffers that are written again, into views of one piece of memory."""
+
+    class Done:
+        def record(self) -> None: ...
+
+        def synchronize(self) -> None: ...
+
+    class Travelling(Uploader):
+        def __init__(self, device: Any) -> None:
+            ring = Ring(pin=lambda n: torch.zeros(n, dtype=torch.uint8), event=Done, buffers=2)
+            super().__init__(device, ring)
+
+    def requests() -> list[Request]:
+        made = []
+        for i in range(12):
+            changes: dict[str, Any] = {
+                "frequency_penalty": 0.5 * (i % 2),
+                "repetition_penalty": 1 + 0.2 * (i % 3),
+                "logit_bias": {i: 2.0} if i % 4 else None,
+                "allowed_token_ids": range(5, 250) if i % 5 == 1 else None,
+                "min_tokens": i % 4,
+            }
+            kind = {"logprobs": None, **KINDS[i % len(KINDS)]}
+            made.append(request(i % 3, seed=i, stop=(4, 6), **changes, **kind))
+        made[7].bad_words_ids = ((9,), (3, 11))
+        return made
+
+    def tokens() -> list[list[int]]:
+        rows, sampler, found = requests(), Sampler(300, "cpu"), []
+        generator = torch.Generator().manual_seed(3)
+        for step in range(12):
+            some = rows[step // 4 :]
+            logits = torch.randn(len(some), 300, generator=generator) * 2
+            found.append(sampler.sample(logits, some).to_host().token_ids)
+            for each, token in zip(some, found[-1], strict=True):
+                each.tokens.append(token)
+        return found
+
+    wanted = tokens()
+    monkeypatch.setattr("vattn.engine.sampler.Uploader", Travelling)
+    assert tokens() == wanted

@@ -31,8 +31,11 @@ class KVUsage:
 
     Args:
         pages: with its tokens, shared ones included.
-        shared_pages: of these, those that other sequences had as well.
-        copied_bytes: copied so far because it went on where another sequence had been.
+        shared_pages: of these, those that another running sequence has as well, or had while this
+            one had them already. So samples of one prompt that end one after the other tell the
+            same, the last one included.
+        copied_bytes: copied so far because it went on where another sequence had been: partly
+            filled pages. Copies to host memory and back do not count.
     """
 
     pages: int = 0

@@ -51,6 +51,7 @@ class Request:
     source: Request | None = None  # the sample 0 whose prompt this one shares
     grammar: Any = None  # what its output must be in, as far as it has come; see structured.py
     group: Any = None  # the beams that it is one of; see beams.py
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()  # what bad_words are as tokens
     # The scheduler launches no step of it before its latest token has arrived on the host.
     waits_for_tokens: bool = False
     # A step of it is sampled only when its latest token has arrived on the host.
@@ -73,7 +74,7 @@ class Request:
     logprobs: list[dict[int, Logprob]] | None = None  # per output token, if asked for
     # Per token of the prompt, if asked for; as far as they are known.
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    kv: KVUsage | None = None  # when it ended
+    kv: KVUsage | None = None  # when it ended; until then what it has from slots that it lost
     timings: Timings = field(default_factory=Timings)
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ import math
 import numbers
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 _LIMIT = 2**63
@@ -35,7 +35,8 @@ class StructuredOutputsParams:
         json: a JSON schema, as text, as a mapping, or as a pydantic model class.
         regex: a regular expression that the whole output matches.
         choice: strings, one of which the output is.
-        grammar: a context-free grammar, as Lark writes them; see the documentation of llguidance.
+        grammar: a context-free grammar, as Lark writes them (see the documentation of llguidance),
+            or GBNF with a rule ``root``.
         json_object: any JSON object.
         disable_any_whitespace: JSON without whitespace between its parts; with ``json`` and
             ``json_object``.
@@ -117,8 +118,9 @@ class SamplingParams:
         seed: of this request; the same seed gives the same tokens in any batch. None draws one.
         stop: strings that end the text; not part of it unless ``include_stop_str_in_output``.
         stop_token_ids: tokens that end it, beside the model's end-of-sequence tokens.
-        bad_words: words that are not generated: of each, the last token is ruled out where the
-            output ends in those before it. Needs a tokenizer.
+        bad_words: words that are not generated: of each, as the tokenizer writes it with and
+            without a space before, the last token is ruled out where the output ends in those
+            before it. Needs a tokenizer.
         ignore_eos: go on after the model's end-of-sequence tokens.
         max_tokens: most new tokens; None for as many as the model's length allows.
         min_tokens: no end-of-sequence or stop token and no stop string before so many new tokens.
@@ -162,7 +164,8 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     truncate_prompt_tokens: int | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
-    logit_bias: Mapping[int, float] | None = None
+    # Not hashed, for mappings are not.
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     allowed_token_ids: Sequence[int] | None = None
     structured_outputs: StructuredOutputsParams | None = None
 
@@ -315,7 +318,7 @@ class BeamSearchParams:
         _check_number(self, "length_penalty", -math.inf, math.inf)
         for name in ("ignore_eos", "include_stop_str_in_output"):
             _check_boolean(self, name)
-        if self.early_stopping not in (True, False, "never"):
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(
                 f'early_stopping={self.early_stopping!r} must be True, False or "never"'
             )
@@ -332,6 +335,8 @@ def _biases(given: Any) -> dict[int, float]:
             raise ValueError(f"logit_bias has {token!r}, which is no token id, 0 or more")
         if not _is_number(bias) or math.isnan(bias):
             raise ValueError(f"logit_bias of token {number} is {bias!r}, which is no number")
+        if operator.index(number) in biases:
+            raise ValueError(f"logit_bias has token {number} twice, as a number and as text")
         biases[operator.index(number)] = max(-MAX_LOGIT_BIAS, min(MAX_LOGIT_BIAS, float(bias)))
     return biases
 
@@ -355,11 +360,9 @@ def _check_number(params: Any, name: str, low: float, high: float) -> None:
     if not _is_number(value):
         raise ValueError(f"{name}={value!r} must be a number")
     if not low <= value <= high or math.isinf(value):
-        least = "" if math.isinf(low) else f"at least {low:g}, "
-        most = "" if math.isinf(high) else f"at most {high:g}, "
-        raise ValueError(
-            f"{name}={value!r} must be {least}{most}and finite".replace(", and", " and")
-        )
+        bounds = [] if math.isinf(low) else [f"at least {low:g}"]
+        bounds.append("finite" if math.isinf(high) else f"at most {high:g}")
+        raise ValueError(f"{name}={value!r} must be {' and '.join(bounds)}")
     object.__setattr__(params, name, float(value))
 
 

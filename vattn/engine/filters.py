@@ -13,9 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from vattn.attention.upload import Uploader
+from vattn.engine.largest import Largest
+from vattn.engine.pieces import pieces
 from vattn.sampling_params import SamplingParams
 
 # Rows of top_p look among so many tokens first, where looking again costs no wait for the device.
@@ -51,40 +57,35 @@ class Filters:
     Args:
         params: of each row.
         vocab_size: logits per row.
-        device: where the logits are.
+        upload: to where the logits are.
     """
 
-    def __init__(
-        self, params: Sequence[SamplingParams], vocab_size: int, device: torch.device
-    ) -> None:
-        self._device = device
+    def __init__(self, params: Sequence[SamplingParams], vocab_size: int, upload: Uploader) -> None:
         self._count = len(params)
         top_k = {i: p.top_k for i, p in enumerate(params) if 0 < p.top_k < vocab_size}
         top_p = {i: p.top_p for i, p in enumerate(params) if p.top_p < 1}
         few = [i for i in top_p if i in top_k and top_k[i] <= _SMALL_TOP_K]
-        self._min_p = self._group({i: math.log(p.min_p) for i, p in enumerate(params) if p.min_p})
-        self._few_p = self._group({i: top_p.pop(i) for i in few})
-        self._few_k = self._group({i: top_k.pop(i) for i in few})
-        self._top_k = self._group(top_k)
-        self._top_p = self._group(top_p)
+        min_p = {i: math.log(p.min_p) for i, p in enumerate(params) if p.min_p}
+        few_p = {i: top_p.pop(i) for i in few}
+        few_k = {i: top_k.pop(i) for i in few}
+        groups = self._groups(upload, min_p, few_p, few_k, top_k, top_p)
+        self._min_p, self._few_p, self._few_k, self._top_k, self._top_p = groups
 
     def __bool__(self) -> bool:
         """Whether any row has a filter."""
         return any((self._min_p, self._few_k, self._top_k, self._top_p))
 
-    def _group(self, values: Mapping[int, float]) -> _Group | None:
-        if not values:
-            return None
-        given = list(values.values())
-        column = torch.tensor(given)[:, None]
-        if column.is_floating_point():
-            column = torch.tensor(given, dtype=torch.float64)[:, None]
-        rows = (
-            None
-            if len(values) == self._count
-            else torch.tensor(list(values)).to(self._device, non_blocking=True)
-        )
-        return _Group(rows, column.to(self._device, non_blocking=True), int(max(given)))
+    def _groups(self, upload: Uploader, *steps: Mapping[int, float]) -> list[_Group | None]:
+        """For the parameter of each row that needs a step, by step; in one transfer."""
+        some = [values for values in steps if values]
+        arrays: list[npt.NDArray[Any]] = [np.array(list(each.values()))[:, None] for each in some]
+        arrays += [np.array(list(each), np.int64) for each in some]
+        sent = upload(*arrays) if arrays else []
+        groups = [
+            _Group(None if len(each) == self._count else rows, column, int(max(each.values())))
+            for each, column, rows in zip(some, sent, sent[len(some) :], strict=False)
+        ]
+        return [groups.pop(0) if values else None for values in steps]
 
     def lowest(self, logits: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
         """The lowest logit that each row keeps.
@@ -101,11 +102,11 @@ class Filters:
             peak = group.of(logits).amax(1, keepdim=True)
             group.put(lowest, (peak.double() + group.values).float())
         if (group := self._top_k) is not None:
-            values = group.of(logits).topk(group.largest, 1).values
+            values = Largest(group.of(logits)).top(group.largest)[0]
             group.put(lowest, torch.maximum(group.of(lowest), values.gather(1, group.values - 1)))
         if (group := self._few_k) is not None and self._few_p is not None:
             ours, weights = group.of(logits), group.of(probs)
-            values = ours.topk(group.largest, 1).values
+            values = Largest(ours).top(group.largest)[0]
             before = torch.maximum(group.of(lowest), values.gather(1, group.values - 1))
             target = _mass(ours, weights, before) * self._few_p.values
             group.put(lowest, _reach(values, before, weights, target)[0])
@@ -118,8 +119,12 @@ class Filters:
 
 def _mass(logits: torch.Tensor, probs: torch.Tensor, lowest: torch.Tensor) -> torch.Tensor:
     """float64 ``[r, 1]``: the probability of all tokens that are left, ties included."""
-    kept = torch.ge(logits, lowest, out=torch.empty_like(logits))
-    return kept.mul_(probs).sum(1, keepdim=True).double()
+    mass = torch.empty_like(lowest)
+    for piece in pieces(logits):
+        some = logits[piece]
+        kept = torch.ge(some, lowest[piece], out=torch.empty_like(some))
+        mass[piece] = kept.mul_(probs[piece]).sum(1, keepdim=True)
+    return mass.double()
 
 
 def _search(

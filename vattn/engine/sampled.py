@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from vattn.engine.beam_scores import BeamScores
+from vattn.engine.beams import BeamGroup, Candidates
+from vattn.engine.logprobs import Logprobs, Scores
 from vattn.outputs import Logprob
 
 cuda: Any = torch.cuda  # parts of it are untyped
-
-
-@dataclass(frozen=True)
-class Logprobs:
-    """Log probabilities of the L rows that asked for them, on the device.
-
-    Natural logarithms, of the logits as the model gave them: before temperature and filters, as
-    vLLM's ``raw_logprobs``. A rank is 1 for the likeliest token and for those as likely as it.
-    """
-
-    rows: list[int]
-    counts: list[int]  # how many of the likeliest each asked for
-    logprob: torch.Tensor  # float32 [L], of the sampled token
-    rank: torch.Tensor  # int64 [L]
-    top_ids: torch.Tensor  # int64 [L, K]
-    top_logprobs: torch.Tensor  # float32 [L, K]
 
 
 @dataclass(frozen=True)
@@ -35,22 +25,36 @@ class Sampled:
     """The next tokens on the device. Reading them waits; :meth:`to_host` does so once.
 
     ``token_ids`` int64 ``[R]`` are valid ids in every row; ``bad`` bool ``[R]`` marks those whose
-    logits were not a distribution.
+    logits were not a distribution. ``scores`` travel with them and are of other rows; ``beams``
+    are what groups of beams can go on with.
     """
 
     token_ids: torch.Tensor
     bad: torch.Tensor
-    logprobs: Logprobs | None = None
+    logprobs: tuple[Logprobs, ...] = ()
+    scores: Scores | None = None
+    beams: tuple[BeamScores, ...] = ()
+
+    def with_scored(self, scores: Scores) -> Sampled:
+        """The same, with log probabilities of tokens of prompts, see ``Sampler.score``."""
+        return replace(self, scores=scores)
+
+    def with_beams(self, beams: tuple[BeamScores, ...]) -> Sampled:
+        """The same, with what groups of beams can go on with."""
+        return replace(self, beams=beams)
 
     def send(self) -> Arriving:
         """Starts one copy of everything to the host, and does not wait for it."""
-        tokens = torch.where(self.bad, -1, self.token_ids)
-        given = self.logprobs
-        if given is None:
-            return Arriving(tokens)
-        floats = torch.cat([given.logprob, given.top_logprobs.flatten()])
-        parts = [tokens, given.rank, given.top_ids.flatten(), floats.double().view(torch.int64)]
-        return Arriving(torch.cat(parts), len(tokens), given)
+        parts = [torch.where(self.bad, -1, self.token_ids).int()]
+        groups = [*self.logprobs, *(self.scores.logprobs if self.scores is not None else ())]
+        for given in groups:
+            # The bits of float32 as they are.
+            reals = [given.logprob.view(torch.int32), given.top_logprobs.reshape(-1)]
+            parts += [given.rank.int(), given.top_ids.reshape(-1).int()]
+            parts += [reals[0], reals[1].view(torch.int32)]
+        for beams in self.beams:
+            parts += beams.parts()
+        return Arriving(parts[0] if len(parts) == 1 else torch.cat(parts), self)
 
     def to_host(self) -> HostSampled:
         """The same as Python and numpy values; waits for the device."""
@@ -61,22 +65,25 @@ class Arriving:
     """Sampled tokens on their way to the host.
 
     Args:
-        packed: int64 on the device: tokens, and log probabilities if there are any.
-        rows: how many tokens; None for all of ``packed``.
-        logprobs: their shapes.
+        packed: int32 on the device: tokens, and log probabilities if there are any.
+        sampled: what it was packed from; its shapes are used.
     """
 
-    __slots__ = ("_arrived", "_logprobs", "_packed", "_rows")
+    __slots__ = ("_arrived", "_beams", "_groups", "_packed", "_rows", "_targets")
 
-    def __init__(
-        self, packed: torch.Tensor, rows: int | None = None, logprobs: Logprobs | None = None
-    ) -> None:
-        self._rows, self._logprobs = rows, logprobs
+    def __init__(self, packed: torch.Tensor, sampled: Sampled) -> None:
+        scores = sampled.scores
+        self._rows = len(sampled.token_ids)
+        self._targets = None if scores is None else scores.targets
+        self._groups = [_Shape.of(given) for given in sampled.logprobs]
+        if scores is not None:
+            self._groups += [_Shape.of(given, is_score=True) for given in scores.logprobs]
+        self._beams = sampled.beams
         self._arrived: Any = None  # an event of CUDA
         self._packed = packed
         if packed.is_cuda:
             # Into pinned memory: to any other the copy would wait for the device.
-            self._packed = torch.empty(packed.shape, dtype=torch.int64, pin_memory=True)
+            self._packed = torch.empty(packed.shape, dtype=torch.int32, pin_memory=True)
             self._packed.copy_(packed, non_blocking=True)
             self._arrived = cuda.Event()
             self._arrived.record()
@@ -85,25 +92,55 @@ class Arriving:
         """What was sampled, as Python and numpy values."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        given, packed = self._logprobs, self._packed
-        if given is None:
-            return HostSampled(packed.tolist())
-        assert self._rows is not None
-        shape = given.top_ids.shape
-        ends = np.cumsum([self._rows, shape[0], shape[0] * shape[1]])
-        tokens, ranks, top_ids, reals = np.split(packed.numpy(), ends)
-        reals = reals.view(np.float64)
+        if not self._groups and not self._beams:
+            return HostSampled(self._packed.tolist(), targets=self._targets)
+        packed = self._packed.numpy()
+        sampled: list[HostLogprobs] = []
+        scored: list[HostLogprobs] = []
+        first = self._rows
+        for shape in self._groups:
+            found, first = shape.read(packed, first)
+            (scored if shape.is_score else sampled).append(found)
+        beams = []
+        for given in self._beams:
+            candidates, first = given.read(packed, first)
+            beams += candidates
         return HostSampled(
-            tokens.tolist(),
-            HostLogprobs(
-                index={row: i for i, row in enumerate(given.rows)},
-                counts=given.counts,
-                logprob=reals[: shape[0]],
-                rank=ranks,
-                top_ids=top_ids.reshape(shape),
-                top_logprobs=reals[shape[0] :].reshape(shape),
-            ),
+            packed[: self._rows].tolist(),
+            *sampled,
+            scores=scored,
+            targets=self._targets,
+            beams=beams,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """How log probabilities of some rows are packed."""
+
+    rows: list[int]
+    counts: list[int]
+    width: int
+    is_score: bool
+
+    @staticmethod
+    def of(given: Logprobs, *, is_score: bool = False) -> _Shape:
+        return _Shape(given.rows, given.counts, given.top_ids.shape[1], is_score)
+
+    def read(self, packed: npt.NDArray[np.int32], first: int) -> tuple[HostLogprobs, int]:
+        """What begins at ``first``, and where it ends."""
+        rows, width = len(self.rows), self.width
+        ends = list(itertools.accumulate([rows, rows * width, rows, rows * width], initial=first))
+        ranks, ids, chosen, top = (packed[a:b] for a, b in itertools.pairwise(ends))
+        found = HostLogprobs(
+            index={row: i for i, row in enumerate(self.rows)},
+            counts=self.counts,
+            logprob=chosen.view(np.float32),
+            rank=ranks,
+            top_ids=ids.reshape(rows, width),
+            top_logprobs=top.view(np.float32).reshape(rows, width),
+        )
+        return found, ends[-1]
 
 
 @dataclass(frozen=True)
@@ -112,10 +149,33 @@ class HostLogprobs:
 
     index: dict[int, int]  # by row of the step
     counts: list[int]
-    logprob: npt.NDArray[np.float64]
-    rank: npt.NDArray[np.int64]
-    top_ids: npt.NDArray[np.int64]
-    top_logprobs: npt.NDArray[np.float64]
+    logprob: npt.NDArray[np.floating]
+    rank: npt.NDArray[np.integer]
+    top_ids: npt.NDArray[np.integer]
+    top_logprobs: npt.NDArray[np.floating]
+
+    @functools.cached_property
+    def _lists(self) -> tuple[list[float], list[int], list[list[int]], list[list[float]]]:
+        """All of it as Python's numbers: to convert rows one by one takes many times as long."""
+        return (
+            self.logprob.tolist(),
+            self.rank.tolist(),
+            self.top_ids.tolist(),
+            self.top_logprobs.tolist(),
+        )
+
+    def entry(self, row: int, token: int) -> dict[int, Logprob]:
+        """Of a row that is in ``index``, whose chosen token is given: that one first."""
+        i = self.index[row]
+        count = self.counts[i]
+        logprobs, ranks, ids, values = self._lists
+        chosen = Logprob(logprobs[i], ranks[i])
+        entry = {token: chosen}
+        if count:
+            likeliest = map(Logprob, values[i][:count], itertools.count(1))
+            entry.update(zip(ids[i][:count], likeliest, strict=True))
+            entry[token] = chosen  # as likely as others, it may come later among them
+        return entry
 
 
 class HostSampled:
@@ -123,14 +183,27 @@ class HostSampled:
 
     Args:
         marked: a token per row, -1 for a bad one.
-        logprobs: of the rows that asked for them.
+        logprobs: of the rows that asked for them, each row in one of them.
+        scores: of tokens of prompts.
+        targets: these tokens.
+        beams: groups of beams, and what they can go on with.
     """
 
-    __slots__ = ("_bad", "logprobs", "token_ids")
+    __slots__ = ("_bad", "_found", "_scored", "_targets", "beams", "token_ids")
 
-    def __init__(self, marked: list[int], logprobs: HostLogprobs | None = None) -> None:
+    def __init__(
+        self,
+        marked: list[int],
+        *logprobs: HostLogprobs,
+        scores: Sequence[HostLogprobs] = (),
+        targets: list[int] | None = None,
+        beams: Sequence[tuple[BeamGroup, Candidates]] = (),
+    ) -> None:
         self.token_ids = marked
-        self.logprobs = logprobs
+        self.beams = beams
+        self._found = {row: given for given in logprobs for row in given.index}
+        self._scored = {row: given for given in scores for row in given.index}
+        self._targets = targets or []
         self._bad = [i for i, token in enumerate(marked) if token < 0] if -1 in marked else []
 
     def bad_rows(self) -> list[int]:
@@ -143,14 +216,13 @@ class HostSampled:
         Returns:
             By token id: as many as were asked for, and the sampled one. None if none were.
         """
-        given = self.logprobs
-        if given is None or row not in given.index:
-            return None
-        i = given.index[row]
-        entry = {token: Logprob(float(given.logprob[i]), int(given.rank[i]))}
-        count = given.counts[i]
-        ids, values = given.top_ids[i, :count].tolist(), given.top_logprobs[i, :count].tolist()
-        for rank, (other, value) in enumerate(zip(ids, values, strict=True), 1):
-            if other != token:
-                entry[other] = Logprob(value, rank)
-        return entry
+        given = self._found.get(row)
+        return None if given is None else given.entry(row, token)
+
+    def scored(self, number: int) -> dict[int, Logprob]:
+        """Log probabilities of a token that was scored, by its number: its own first.
+
+        Raises:
+            KeyError: there is no such token.
+        """
+        return self._scored[number].entry(number, self._targets[number])

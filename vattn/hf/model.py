@@ -47,12 +47,14 @@ _SAMPLING = {
     "top_p": "top_p",
     "top_k": "top_k",
     "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
+# Those of them that text without chance depends on, too.
+_GREEDY = ("repetition_penalty", "max_tokens")
 # Settings of a generation config that change its text and that SamplingParams has no name for, and
 # the value beside none, 0 and empty that asks for nothing.
 _NOT_SERVED = {
-    "repetition_penalty": 1,
     "encoder_repetition_penalty": 1,
     "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
@@ -226,7 +228,7 @@ def _sampling_defaults(generation: Any) -> dict[str, Any]:
     found = {ours: getattr(generation, theirs, None) for theirs, ours in _SAMPLING.items()}
     found = {name: value for name, value in found.items() if value is not None}
     if getattr(generation, "do_sample", None) is False:
-        found = {name: value for name, value in found.items() if name == "max_tokens"}
+        found = {name: value for name, value in found.items() if name in _GREEDY}
         found["temperature"] = 0.0
     return found
 
