@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from vattn.cli import app
 
 @pytest.fixture
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal of 80 columns, no network, no settings; for `usefixtures`."""
+    """A terminal of 80 columns, no network, no settings, no clock; for `usefixtures`."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for child processes; read at import
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.delenv("VATTN_BUDGET", raising=False)
     monkeypatch.delenv("VATTN_LIBCUDA", raising=False)
+    # The fullest moment of a run does not depend on how busy the machine is.
+    monkeypatch.setattr("vattn.cli.run._LONG_LOOK_S", math.inf)
 
 
 @pytest.fixture(scope="session")

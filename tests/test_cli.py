@@ -365,6 +365,8 @@ def test_help(cli: Cli) -> None:
         assert option in text
     for option in ("--min-p", "--stop", "--max-num-seqs", "--swap-space", "--no-prefix-caching"):
         assert option in text
+    for option in ("--logit-bias", "--json-schema", "--beam-width", "--speculative-config"):
+        assert option in text
 
 
 def test_unknown_command(cli: Cli) -> None:

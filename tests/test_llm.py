@@ -22,6 +22,7 @@ from vattn.outputs import RequestOutput
 from vattn.sampling_params import SamplingParams
 
 PROMPT = "A transaction is a group of statements"
+DELTA, FINAL_ONLY = vattn.RequestOutputKind.DELTA, vattn.RequestOutputKind.FINAL_ONLY
 PLAIN_CHAT = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -276,10 +277,89 @@ def test_a_stream_ends_with_what_generate_gives(llm: vattn.LLM) -> None:
 def test_deltas_add_up(llm: vattn.LLM) -> None:
     whole = only(llm.generate(PROMPT, greedy(30, stop=["\0"]), use_tqdm=False))
     text, tokens = "", []
-    for output in llm.stream(PROMPT, greedy(30, stop=["\0"]), kind=vattn.RequestOutputKind.DELTA):
+    for output in llm.stream(PROMPT, greedy(30, stop=["\0"], output_kind=DELTA)):
         text += output.outputs[0].text
         tokens += output.outputs[0].token_ids
     assert (text, tokens) == (whole.text, whole.token_ids)
+
+
+def test_a_final_output_is_the_only_one(llm: vattn.LLM) -> None:
+    params = SamplingParams(n=2, seed=3, max_tokens=12, output_kind=FINAL_ONLY)
+    (whole,) = llm.generate(PROMPT, params, use_tqdm=False)
+    (last,) = llm.stream(PROMPT, params)
+    assert last.finished
+    assert last.outputs == whole.outputs
+    assert [sample.finish_reason for sample in last.outputs] == ["length"] * 2
+
+
+def test_each_prompt_has_its_kind_of_output(llm: vattn.LLM) -> None:
+    kinds = list(vattn.RequestOutputKind)
+    params = [greedy(6, output_kind=kind) for kind in kinds]
+    prompts: list[Any] = [PROMPT] * len(kinds)
+    lengths: list[list[int]] = [[] for _ in kinds]
+    for output in llm.stream([*prompts, []], [*params, greedy(6, output_kind=FINAL_ONLY)]):
+        number = int(output.request_id.rpartition("-")[2])
+        if number == len(kinds):
+            assert output.finished
+            assert "empty" in str(output.outputs[0].error)
+        else:
+            lengths[number].append(len(output.outputs[0].token_ids))
+    by_kind = dict(zip([kind.name for kind in kinds], lengths, strict=True))
+    assert by_kind == {"CUMULATIVE": [1, 2, 3, 4, 5, 6], "DELTA": [1] * 6, "FINAL_ONLY": [6]}
+    whole = llm.generate(prompts, params, use_tqdm=False)
+    assert [len(output.outputs[0].token_ids) for output in whole] == [6] * 3
+
+
+def test_the_sum_of_log_probabilities(llm: vattn.LLM) -> None:
+    (whole,) = llm.generate(PROMPT, greedy(7, logprobs=0), use_tqdm=False)
+    (sample,) = whole.outputs
+    values = [
+        entry[token].logprob
+        for token, entry in zip(sample.token_ids, sample.logprobs or [], strict=True)
+    ]
+    assert sample.cumulative_logprob == pytest.approx(sum(values))
+    assert len(values) == 7
+    # Of a delta it is of all tokens so far, too.
+    sums = [
+        output.outputs[0].cumulative_logprob
+        for output in llm.stream(PROMPT, greedy(7, logprobs=0, output_kind=DELTA))
+    ]
+    assert sums == pytest.approx([sum(values[: n + 1]) for n in range(7)])
+    (plain,) = llm.generate(PROMPT, greedy(2), use_tqdm=False)
+    assert plain.outputs[0].cumulative_logprob is None
+
+
+def test_several_tokens_of_a_step_are_text_like_any_others(llm: vattn.LLM) -> None:
+    """With drafts; a stop string ends it within what a step accepted."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 2}
+    prompt = f"{PROMPT}. {PROMPT}. {PROMPT}"
+    plain = only(llm.generate(prompt, greedy(40, logprobs=1), use_tqdm=False))
+    cases: list[tuple[list[str], bool]] = [([], False)]
+    cases += [([plain.text[20:23]], False), ([plain.text[33:36]], True)]
+    options: Any = {"speculative_config": drafts, "dtype": "float32", "device": "cpu"}
+    options |= {"kv_cache_memory_bytes": "64MiB", "max_num_seqs": 2}
+    with vattn.LLM(str(EMBEDDED_PATH), **options) as drafted:
+        for stop, include in cases:
+            params = greedy(40, logprobs=1, stop=stop, include_stop_str_in_output=include)
+            wanted = only(llm.generate(prompt, params, use_tqdm=False))
+            found = only(drafted.generate(prompt, params, use_tqdm=False))
+            assert (found.text, found.token_ids) == (wanted.text, wanted.token_ids), stop
+            assert (found.finish_reason, found.stop_reason) == (
+                wanted.finish_reason,
+                wanted.stop_reason,
+            )
+            assert found.stop_reason == (stop[0] if stop else None)
+            assert found.cumulative_logprob == pytest.approx(wanted.cumulative_logprob, abs=1e-3)
+            assert len(found.logprobs) == len(found.token_ids)
+        deltas = [
+            output.outputs[0]
+            for output in drafted.stream(prompt, greedy(40, logprobs=1, output_kind=DELTA))
+        ]
+        assert "".join(delta.text for delta in deltas) == plain.text
+        assert max(len(delta.token_ids) for delta in deltas) > 1
+        assert all(len(delta.logprobs or []) == len(delta.token_ids) for delta in deltas)
+        assert drafted.stats().spec_decode_num_accepted_tokens > 0
+        assert_nothing_left(drafted)
 
 
 def test_leaving_a_stream_aborts_the_rest(llm: vattn.LLM) -> None:

@@ -73,7 +73,7 @@ def test_generate_inside_a_stream(llm: vattn.LLM) -> None:
 @pytest.mark.parametrize("kind", list(vattn.RequestOutputKind))
 def test_streams_side_by_side(llm: vattn.LLM, kind: vattn.RequestOutputKind) -> None:
     wanted = [tokens_of(llm, prompt, 9) for prompt in (A, B)]
-    streams = [llm.stream(prompt, greedy(9), kind=kind) for prompt in (A, B)]
+    streams = [llm.stream(prompt, greedy(9, output_kind=kind)) for prompt in (A, B)]
     got: list[list[int]] = [[], []]
     for pair in zip(*map(in_time, streams), strict=False):
         for tokens, output in zip(got, pair, strict=True):
@@ -113,10 +113,11 @@ def test_a_stream_tells_what_steps_of_the_engine_did(llm: vattn.LLM) -> None:
 
 
 def test_samples_of_one_prompt_are_told_once_each(llm: vattn.LLM) -> None:
-    params = SamplingParams(n=3, seed=1, max_tokens=6, ignore_eos=True)
+    delta = vattn.RequestOutputKind.DELTA
+    params = SamplingParams(n=3, seed=1, max_tokens=6, ignore_eos=True, output_kind=delta)
     (whole,) = llm.generate(A, params, use_tqdm=False)
     got: dict[int, list[int]] = {0: [], 1: [], 2: []}
-    for output in in_time(llm.stream(A, params, kind=vattn.RequestOutputKind.DELTA)):
+    for output in in_time(llm.stream(A, params)):
         for sample in output.outputs:
             got[sample.index] += sample.token_ids
         tokens_of(llm, B, 2)
@@ -274,15 +275,15 @@ def test_a_failed_engine_gives_the_model_back(options: dict[str, Any], match: st
 def test_what_a_generation_config_asks_for_in_vain_is_told() -> None:
     model = fresh_model("llama")
     generation: Any = GenerationConfig
-    model.generation_config = generation(repetition_penalty=1.1, typical_p=0.9, top_k=7)
+    model.generation_config = generation(no_repeat_ngram_size=3, typical_p=0.9, top_k=7)
     loaded = load_model(model, device="cpu")
-    assert loaded.generation_ignored == ("repetition_penalty=1.1", "typical_p=0.9")
+    assert loaded.generation_ignored == ("no_repeat_ngram_size=3", "typical_p=0.9")
     with make_llm(max_model_len=64) as llm:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             llm.get_default_sampling_params()
         object.__setattr__(llm.engine.loaded, "generation_ignored", loaded.generation_ignored)
-        with pytest.warns(UserWarning, match=r"asks for repetition_penalty=1.1, typical_p=0.9"):
+        with pytest.warns(UserWarning, match=r"asks for no_repeat_ngram_size=3, typical_p=0.9"):
             llm.generate([A], use_tqdm=False)
         llm.generate([A], greedy(1), use_tqdm=False)  # an error if it warned
 

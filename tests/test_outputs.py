@@ -1,292 +1,32 @@
-"""Text while it grows: characters over tokens, stop strings, what is told of requests and when."""
+"""What is told of requests and when: text, stop strings, log probabilities, use of the cache."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import vattn.models
-from vattn.engine.detokenizer import Detokenizer, TextSource
+from tests.text_cases import EMOJI, made
 from vattn.engine.outputs import OutputProcessor
 from vattn.engine.sampled import HostLogprobs, HostSampled
-from vattn.engine.stops import StopStrings
-from vattn.outputs import CompletionOutput, RequestOutput
+from vattn.outputs import CompletionOutput, KVUsage, Logprob, RequestOutput
 from vattn.request import FinishReason, Request, Status
 from vattn.sampling_params import RequestOutputKind, SamplingParams
 
-TINY = Path(vattn.models.__path__[0]) / "tiny"
 EOS = 2
-EMOJI = "naïve 🎉👩‍👩‍👧 日本語 — ok\n\tdef f(x): pass"
-
-
-def _embedded() -> Any:
-    return AutoTokenizer.from_pretrained(TINY)
-
-
-def _byte_fallback() -> Any:
-    """As Llama 2: spaces as U+2581, characters that are no token as bytes, one space stripped."""
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    names += ["▁", "▁the", "▁page", "s", "▁a", ".", "cat", "é", "▁日", "本", "▁▁▁"]
-    model = models.BPE(
-        vocab={name: i for i, name in enumerate(names)},
-        merges=[],
-        unk_token="<unk>",
-        byte_fallback=True,
-        fuse_unk=True,
-    )
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names[:3]])
-    fast: Any = PreTrainedTokenizerFast
-    return fast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-class _Slow:
-    """A tokenizer in Python only, of UTF-8 bytes; 256 is special."""
-
-    all_special_ids = (256,)
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False, **_: Any) -> str:
-        if skip_special_tokens:
-            ids = [token for token in ids if token != 256]
-        pieces = [b"<end>" if token == 256 else bytes([token]) for token in ids]
-        return b"".join(pieces).decode(errors="replace")
-
-
-embedded = _embedded()
-fallback = _byte_fallback()
-sources = {name: TextSource(t) for name, t in [("embedded", embedded), ("slow", _Slow())]}
-VOCABULARY = {"embedded": 2048, "slow": 257}
-
-
-def detokenizer(source: TextSource, prompt: Sequence[int] = (), **params: Any) -> Detokenizer:
-    return Detokenizer(source, SamplingParams(**params), prompt)
-
-
-def feed(text: Detokenizer, tokens: Sequence[int], cuts: int = 1) -> str:
-    """Everything that it lets go, checked against what it says it has."""
-    seen = ""
-    for first in range(0, len(tokens), cuts):
-        new, stop = text.append(tokens[first : first + cuts])
-        seen += new
-        assert text.text == seen
-        assert stop == text.stop
-    seen += text.finish()
-    text.check()
-    assert text.text == seen
-    assert text.finish() == ""
-    return seen
-
-
-# Text ---------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.data(), st.sampled_from(sorted(sources)), st.booleans(), st.integers(1, 5))
-def test_the_text_is_the_decoding_of_the_output(
-    data: st.DataObject, name: str, skip: bool, cuts: int
-) -> None:
-    source = sources[name]
-    tokens = data.draw(st.lists(st.integers(0, VOCABULARY[name] - 1), max_size=60))
-    text = feed(detokenizer(source, [5, 6, 7], skip_special_tokens=skip), tokens, cuts)
-    assert text == source.tokenizer.decode(tokens, skip_special_tokens=skip)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.text(max_size=40), st.integers(1, 4))
-def test_any_text_comes_back(text: str, cuts: int) -> None:
-    tokens = embedded.encode(text, add_special_tokens=False)
-    assert feed(detokenizer(sources["embedded"]), tokens, cuts) == text
-    assert feed(detokenizer(sources["slow"]), list(text.encode()), cuts) == text
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.binary(max_size=80))
-def test_any_bytes_read_as_the_decoder_reads_them(data: bytes) -> None:
-    pieces = sources["embedded"].pieces
-    assert pieces is not None
-    by_byte = {pieces[i][0]: i for i in range(2048) if len(pieces[i]) == 1}
-    tokens = [by_byte[byte] for byte in data]
-    assert feed(detokenizer(sources["embedded"]), tokens) == embedded.decode(tokens)
-    assert feed(detokenizer(sources["slow"]), list(data)) == data.decode(errors="replace")
-
-
-@pytest.mark.parametrize("name", sources)
-def test_no_part_of_a_character_is_let_go(name: str) -> None:
-    source = sources[name]
-    tokens = list(EMOJI.encode()) if name == "slow" else embedded.encode(EMOJI)[1:]
-    text, seen = detokenizer(source), ""
-    for token in tokens:
-        new, _ = text.append([token])
-        seen += new
-        assert "\ufffd" not in new
-        assert EMOJI.startswith(seen)
-    assert seen == EMOJI
-    assert text.finish() == ""
-
-
-def test_text_keeps_up_with_the_tokens() -> None:
-    text = detokenizer(sources["embedded"])
-    for token in embedded.encode("The page is mapped.", add_special_tokens=False):
-        assert text.append([token])[0] == embedded.decode([token])
-
-
-def test_an_unfinished_character_is_told_at_the_end() -> None:
-    for name, tokens in (("slow", list("é".encode())[:1]), ("embedded", embedded.encode("é")[1:2])):
-        text = detokenizer(sources[name])
-        assert text.append(tokens) == ("", None)
-        assert text.finish() == "\ufffd"
-
-
-def test_bytes_that_are_no_text_do_not_wait_for_ever() -> None:
-    text = detokenizer(sources["slow"])
-    seen = sum(len(text.append([0xFF])[0]) for _ in range(400))
-    assert seen > 350
-    assert len(text.text + text.finish()) >= 400
-    assert text.text == "\ufffd" * 400
-
-
-def test_ids_without_a_token_are_no_text() -> None:
-    tokens = [42, 5000, 43]
-    assert feed(detokenizer(sources["embedded"]), tokens) == embedded.decode(tokens)
-
-
-def test_added_tokens_are_text_unless_special() -> None:
-    tokenizer = _embedded()
-    tokenizer.add_tokens(["<think é>"])
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im end|>"]})
-    source = TextSource(tokenizer)
-    tokens = tokenizer.encode("a<think é>b<|im end|>c é", add_special_tokens=False)
-    for skip, wanted in ((True, "a<think é>bc é"), (False, "a<think é>b<|im end|>c é")):
-        assert feed(detokenizer(source, skip_special_tokens=skip), tokens) == wanted
-        assert tokenizer.decode(tokens, skip_special_tokens=skip) == wanted
-
-
-def test_spaces_continue_the_prompt() -> None:
-    source = TextSource(fallback)
-    assert source.pieces is None
-    prompt = fallback.convert_tokens_to_ids(["<s>", "▁the", "▁page"])
-    words = ["s", "▁a", "</s>", "▁the", "▁▁▁", "cat", "▁", "▁日", "本"]
-    party = ["<0xF0>", "<0x9F>", "<0x8E>", "<0x89>"]
-    output = fallback.convert_tokens_to_ids([*words, *party, "é", "."])
-    for skip in (True, False):
-        text = feed(detokenizer(source, prompt, skip_special_tokens=skip), output)
-        whole = fallback.decode(prompt + output, skip_special_tokens=skip)
-        before = fallback.decode(prompt, skip_special_tokens=skip)
-        assert before + text == whole, skip
-        assert "🎉é." in text
-    # A token without text does not hide what was before it.
-    assert feed(detokenizer(source, prompt), [9999, *output[3:4]]) == " the"
-    # With nothing before it, the first space is stripped, as the decoder does.
-    ids = fallback.convert_tokens_to_ids(["▁the", "▁page"])
-    assert feed(detokenizer(source), ids) == fallback.decode(ids) == "the page"
-    assert feed(detokenizer(source, prompt), ids) == " the page"
-
-
-def test_text_that_was_given_is_not_taken_back() -> None:
-    # The decoder of byte tokens writes a whole run as invalid when its end is; the valid beginning
-    # has been given by then.
-    source = TextSource(fallback)
-    run = fallback.convert_tokens_to_ids(["▁a", "<0xC3>", "<0xA9>", "<0xFF>", "▁the"])
-    assert feed(detokenizer(source), run) == "aé\ufffd the"
-
-
-def test_a_prompt_that_ends_within_a_character() -> None:
-    half = list("é".encode())
-    assert feed(detokenizer(sources["slow"], half[:1]), [*half[1:], *b"ok"]) == "\ufffdok"
-
-
-# Stop strings -------------------------------------------------------------------------------------
-
-
-def stopped_at(text: str, stops: Sequence[str], include: bool) -> tuple[str, str | None]:
-    """The reference: one character after another."""
-    for end in range(1, len(text) + 1):
-        ended = [stop for stop in stops if text[:end].endswith(stop)]
-        if ended:
-            stop = max(ended, key=len)
-            return text[: end if include else end - len(stop)], stop
-    return text, None
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    st.lists(st.text("ab", min_size=1, max_size=4), max_size=12),
-    st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
-    st.booleans(),
-)
-def test_the_first_stop_string_ends_the_text(
-    pieces: list[str], stops: list[str], include: bool
-) -> None:
-    search, seen, found = StopStrings(stops, include), "", None
-    wanted, stop = stopped_at("".join(pieces), stops, include)
-    for piece in pieces:
-        new, found = search.push(piece, may_stop=True)
-        seen += new
-        assert wanted.startswith(seen), "a part of a stop string was let go"
-        if found:
-            break
-    seen += search.flush()
-    assert (seen, found) == (wanted, stop)
-
-
-@pytest.mark.parametrize("include", [False, True])
-def test_stop_strings_span_tokens(include: bool) -> None:
-    tokens = list("the end. é🛑 more".encode())
-    for stop in ("end", "d. é", "🛑", "e"):
-        text = detokenizer(sources["slow"], stop=stop, include_stop_str_in_output=include)
-        wanted, _ = stopped_at("the end. é🛑 more", [stop], include)
-        assert feed(text, tokens, cuts=3) == wanted
-        assert text.stop == stop
-        assert bytes(tokens[: text.tokens]).decode().endswith(stop)
-
-
-def test_text_is_held_back_only_while_it_may_be_a_stop_string() -> None:
-    text = detokenizer(sources["slow"], stop=["</s>", "\n\n"])
-    news = [text.append([byte])[0] for byte in b"a</b>\nc\n"]
-    assert news == ["a", "", "", "</b", ">", "", "\nc", ""]
-    assert text.finish() == "\n"
-    assert text.stop is None
-
-
-def test_stop_strings_within_min_tokens_do_not_count() -> None:
-    text = detokenizer(sources["slow"], stop=["ab"], min_tokens=4)
-    assert feed(text, b"abababab") == "abab"
-    assert text.tokens == 6
-    # One that begins within them and ends after does.
-    text = detokenizer(sources["slow"], stop=["ab"], min_tokens=3)
-    assert feed(text, b"abab") == "ab"
-    assert text.stop == "ab"
-    text = detokenizer(sources["slow"], stop=["ab"], min_tokens=4)
-    assert feed(text, b"abab") == "abab"
-
-
-# Requests -----------------------------------------------------------------------------------------
+DELTA = RequestOutputKind.DELTA
+embedded = made("embedded")
 
 
 def request(
     text: str = "", *, index: int = 0, stop_ids: Sequence[int] = (EOS,), **params: Any
 ) -> Request:
     prompt = embedded.encode(text or "A page")
-    made = Request(f"r.{index}", prompt, SamplingParams(**params), 4000, index=index)
-    made.stop_ids = frozenset([EOS, *made.params.stop_ids])
-    return made
+    new = Request(f"r.{index}", prompt, SamplingParams(**params), 4000, index=index)
+    new.stop_ids = frozenset([EOS, *new.params.stop_ids])
+    return new
 
 
 def step(processor: OutputProcessor, requests: Sequence[Request], tokens: Sequence[int]) -> Any:
@@ -377,6 +117,27 @@ def test_a_stop_string_ends_a_request(include: bool) -> None:
     assert one(processor, each).text == sample.text
 
 
+@pytest.mark.parametrize("which", [0, 1, 2, 3])
+def test_stop_strings_within_min_tokens_are_text(which: int) -> None:
+    """As in vLLM: one counts if its last token comes after so many."""
+    tokens = [token for word in ("is", " ma", "ped") * 3 for token in ids(word)]
+    texts = [embedded.decode(tokens[: n + 1]) for n in range(len(tokens))]
+    counts = [n + 1 for n, text in enumerate(texts) if text.endswith("maped")]
+    assert len(counts) == 3
+    min_tokens = ([0, *counts])[which]
+    each = request(stop="maped", min_tokens=min_tokens, max_tokens=99)
+    processor = OutputProcessor(embedded)
+    processor.add(each)
+    for token in tokens:
+        step(processor, [each], [token])
+    if which == 3:
+        end(each, FinishReason.LENGTH)
+    sample, count = one(processor, each), [*counts, len(tokens)][which]
+    assert sample.token_ids == tokens[:count]
+    assert sample.text == (texts[count - 1].removesuffix("maped") if which < 3 else texts[-1])
+    assert sample.stop_reason == ("maped" if which < 3 else None)
+
+
 def test_a_stop_string_at_the_last_token_wins_over_the_length() -> None:
     each, processor = request(stop="is"), OutputProcessor(embedded)
     processor.add(each)
@@ -413,7 +174,7 @@ def test_deltas_add_up_to_the_whole(options: dict[str, Any], every: int) -> None
         step(told, [each], [token])
         step(whole, [again], [token])
         if i % every == 0 or each.finished:
-            for sample in output(told, [each], RequestOutputKind.DELTA).outputs:
+            for sample in output(told, [each], DELTA).outputs:
                 text += sample.text
                 tokens += sample.token_ids
                 reasons.append(sample.finish_reason)
@@ -423,7 +184,7 @@ def test_deltas_add_up_to_the_whole(options: dict[str, Any], every: int) -> None
     assert (text, tokens) == (one(whole, again).text, each.output_ids)
     assert reasons[-1] == "stop"
     assert set(reasons[:-1]) == {None}
-    assert output(told, [each], RequestOutputKind.DELTA).outputs == []
+    assert output(told, [each], DELTA).outputs == []
 
 
 def test_an_output_of_samples() -> None:
@@ -433,11 +194,11 @@ def test_an_output_of_samples() -> None:
         processor.add(each)
     samples[0].cached = 2
     step(processor, samples[:2], [ids("It")[0], EOS])
-    first = output(processor, samples, RequestOutputKind.DELTA)
+    first = output(processor, samples, DELTA)
     assert [sample.index for sample in first.outputs] == [0, 1]
     assert (first.finished, first.num_cached_tokens) == (False, 2)
     step(processor, samples, [EOS, EOS, EOS])
-    second = output(processor, samples, RequestOutputKind.DELTA)
+    second = output(processor, samples, DELTA)
     assert [sample.index for sample in second.outputs] == [0, 2]
     assert second.finished
     whole = output(processor, samples)
@@ -484,11 +245,11 @@ def sampled(tokens: list[int], rows: list[int]) -> HostSampled:
 def test_logprobs_come_with_the_text_of_their_tokens() -> None:
     each, ended, plain = request(logprobs=2), request(logprobs=2), request()
     processor = OutputProcessor(embedded)
-    for made in (each, ended, plain):
-        processor.add(made)
+    for one_of_them in (each, ended, plain):
+        processor.add(one_of_them)
     end(ended, FinishReason.ABORT)  # while the step was under way: its token is not appended
-    for made in (plain, each):
-        made.tokens.append(300)
+    for one_of_them in (plain, each):
+        one_of_them.tokens.append(300)
     processor.process([plain, ended, each], sampled([300, 300, 300], [1, 2]))
     assert ended.logprobs == []
     assert one(processor, plain).logprobs is None
@@ -500,10 +261,63 @@ def test_logprobs_come_with_the_text_of_their_tokens() -> None:
     assert [entry[t].decoded_token for t in entry] == [embedded.decode([t]) for t in entry]
     each.tokens.append(4)
     processor.process([each], sampled([4], [0]))
-    (new,) = processor.completion(each, RequestOutputKind.DELTA).logprobs or []
+    (new,) = processor.completion(each, DELTA).logprobs or []
     assert set(new) == {4, 5}
     assert new[4].decoded_token == embedded.decode([4])
     processor.check()
+
+
+def test_log_probabilities_of_the_output_add_up() -> None:
+    each, plain, processor = request(logprobs=2), request(), OutputProcessor(embedded)
+    for one_of_them in (each, plain):
+        processor.add(one_of_them)
+    assert one(processor, each).cumulative_logprob == 0.0
+    for n, token in enumerate([300, 4, 5], 1):
+        for one_of_them in (each, plain):
+            one_of_them.tokens.append(token)
+        processor.process([each, plain], sampled([token, token], [0]))
+        kind = DELTA if n == 2 else RequestOutputKind.CUMULATIVE
+        assert processor.completion(each, kind).cumulative_logprob == pytest.approx(-1.5 * n)
+    assert one(processor, each).cumulative_logprob == pytest.approx(-4.5)
+    assert one(processor, plain).cumulative_logprob is None
+    processor.check()
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_prompt_log_probabilities_as_far_as_they_are_known(text: bool) -> None:
+    samples = [request(index=i, n=2, prompt_logprobs=1, detokenize=text) for i in range(2)]
+    first, processor = samples[0], OutputProcessor(embedded)
+    for each in samples:
+        processor.add(each)
+    assert output(processor, samples).prompt_logprobs is None
+    first.prompt_logprobs = [None, {300: Logprob(-1.0, 1)}]
+    some = output(processor, samples).prompt_logprobs
+    assert some == first.prompt_logprobs
+    first.prompt_logprobs += [{4: Logprob(-2.0, 2), 5: Logprob(-0.5, 1)}]
+    assert some is not None
+    assert len(some) == 2  # it is a snapshot
+    # In deltas each is told once.
+    assert output(processor, samples, DELTA).prompt_logprobs == first.prompt_logprobs[2:]
+    assert output(processor, samples, DELTA).prompt_logprobs == []
+    whole = output(processor, samples).prompt_logprobs
+    assert whole is not None
+    names = [{t: e.decoded_token for t, e in entry.items()} for entry in whole if entry]
+    wanted = [{300: embedded.decode([300])}, {t: embedded.decode([t]) for t in (4, 5)}]
+    assert names == (wanted if text else [{300: None}, {4: None, 5: None}])
+    processor.check()
+
+
+def test_what_a_request_has_of_the_cache() -> None:
+    each = request()
+    now = {each.id: KVUsage(3, 1, 64)}
+    live, at_end = OutputProcessor(embedded, lambda r: now[r.id]), OutputProcessor(embedded)
+    for processor in (live, at_end):
+        processor.add(each)
+    assert one(live, each).kv == KVUsage(3, 1, 64)
+    assert one(at_end, each).kv == KVUsage()
+    each.kv = now[each.id] = KVUsage(4, 1, 64)
+    end(each, FinishReason.LENGTH)
+    assert one(live, each).kv == one(at_end, each).kv == KVUsage(4, 1, 64)
 
 
 def test_without_a_tokenizer_there_are_only_tokens() -> None:

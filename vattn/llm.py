@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from vattn.engine import beam_search
 from vattn.engine.config import EngineConfig
 from vattn.engine.engine import Engine
 from vattn.engine.prompts import Prompt, as_prompts, check_timeout, one_each, parse_prompt
@@ -23,9 +24,9 @@ from vattn.hf.model import load_model, load_tokenizer
 from vattn.kv.pool import PagePool
 from vattn.kv.report import MemoryMap
 from vattn.metrics import EngineStats
-from vattn.outputs import RequestOutput
+from vattn.outputs import BeamSearchOutput, RequestOutput
 from vattn.request import Request
-from vattn.sampling_params import RequestOutputKind, SamplingParams
+from vattn.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 Params: TypeAlias = "SamplingParams | Sequence[SamplingParams] | None"
 
@@ -39,6 +40,18 @@ class _Asked:
     token_ids: list[int]
     samples: list[Request]
     error: str | None = None
+
+    @property
+    def kind(self) -> RequestOutputKind:
+        """What its outputs hold in a stream."""
+        return self.samples[0].params.output_kind
+
+    @property
+    def is_due(self) -> bool:
+        """Whether its news are to be told."""
+        if self.kind is not RequestOutputKind.FINAL_ONLY:
+            return True
+        return all(sample.finished for sample in self.samples)
 
 
 class LLM:
@@ -137,6 +150,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Generates for all prompts at once.
 
+        The outputs hold everything, whatever ``output_kind`` is: that is of :meth:`stream`.
+
         Args:
             prompts: text, token ids, ``{"prompt": ...}`` or ``{"prompt_token_ids": [...]}`` (with a
                 ``cache_salt`` if it must not share K and V with other tenants), or many of these.
@@ -155,34 +170,22 @@ class LLM:
                 finite positive number, or the LLM was closed.
         """
         asked = self._ask(prompts, sampling_params, priority, timeout_s)
-        samples = {sample for each in asked for sample in each.samples}
-        waiting = list(samples)
-        with tqdm(total=len(samples), disable=not use_tqdm, unit="seq", desc="Generating") as bar:
-            try:
-                self._add(asked)
-                while waiting:
-                    # Whether a request has ended is asked of itself: a step of another call may
-                    # have told its end. The last one is enough: all of them become the last.
-                    if waiting[-1].finished:
-                        waiting.pop()
-                        continue
-                    bar.update(sum(r.finished and r in samples for r in self._step()))
-            except BaseException:
-                self._abort(samples)
-                raise
-            bar.update(len(samples) - bar.n)
-        return [self._output(each, RequestOutputKind.CUMULATIVE) for each in asked]
+        self._serve([sample for each in asked for sample in each.samples], use_tqdm, "Generating")
+        return [self._output(each) for each in asked]
 
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: Params = None,
         *,
-        kind: RequestOutputKind = RequestOutputKind.CUMULATIVE,
         priority: Sequence[int] | None = None,
         timeout_s: float | None = None,
     ) -> Iterator[RequestOutput]:
         """As :meth:`generate`, but gives an output whenever a prompt has new tokens.
+
+        What it holds is for the ``output_kind`` of the prompt's parameters to say: everything so
+        far, only what is new, or everything, once, at the end. Of ``n`` samples, only those with
+        something new are part of an output that holds what is new.
 
         ``request_id`` tells which prompt it is of: the number of the prompt, after the last dash.
         The requests begin with the first output that is asked for. Leaving the loop early aborts
@@ -192,7 +195,6 @@ class LLM:
         Args:
             prompts: as for :meth:`generate`.
             sampling_params: as for :meth:`generate`.
-            kind: all text so far, or only what is new.
             priority: as for :meth:`generate`.
             timeout_s: as for :meth:`generate`, from the first output that is asked for.
 
@@ -201,17 +203,12 @@ class LLM:
                 the LLM was closed.
         """
         self._check_open()
-        if not isinstance(kind, RequestOutputKind):
-            raise ValueError(
-                f"kind={kind!r} must be RequestOutputKind.CUMULATIVE or RequestOutputKind.DELTA"
-            )
-        return self._stream(prompts, sampling_params, kind, priority, timeout_s)
+        return self._stream(prompts, sampling_params, priority, timeout_s)
 
     def _stream(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: Params,
-        kind: RequestOutputKind,
         priority: Sequence[int] | None,
         timeout_s: float | None,
     ) -> Iterator[RequestOutput]:
@@ -222,7 +219,7 @@ class LLM:
             self._add(asked)
             for each in asked:
                 if each.error is not None:
-                    yield self._output(each, kind)
+                    yield self._output(each)
             seen = self._steps
             while told:
                 fresh: list[Request] = []
@@ -237,9 +234,58 @@ class LLM:
                             told.pop(sample, None)
                         elif sample in told:
                             told[sample] = len(sample.tokens)
-                    yield self._output(each, kind)
+                    if each.is_due:
+                        yield self._output(each, each.kind)
         finally:
             self._abort(told)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams | Sequence[BeamSearchParams],
+        use_tqdm: bool = False,
+        *,
+        priority: Sequence[int] | None = None,
+        timeout_s: float | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The likeliest continuations of all prompts, by beam search over all of them at once.
+
+        Beams share the pages of what they have in common. The sequences are those of transformers'
+        ``generate(num_beams=beam_width, num_return_sequences=beam_width)``.
+
+        Args:
+            prompts: as for :meth:`generate`.
+            params: one for all or one for each.
+            use_tqdm: show progress.
+            priority: as for :meth:`generate`.
+            timeout_s: as for :meth:`generate`; the sequences are then those found so far.
+
+        Returns:
+            One output per prompt, in their order, its sequences best first. A prompt that cannot be
+            served has the finish reason ``"error"`` and says why; the others are not affected.
+
+        Raises:
+            ValueError: as :meth:`generate`.
+        """
+        self._check_open()
+        check_timeout(timeout_s)
+        many = as_prompts(prompts)
+        each = one_each(params, len(many), "params")
+        priorities = one_each(0 if priority is None else priority, len(many), "priority")
+        batch = next(self._ids)
+        searches = [
+            beam_search.ask(
+                self.engine,
+                f"{batch}-{number}",
+                *asked,
+                lambda text: self._need_tokenizer("a text prompt").encode(text),
+                timeout_s=timeout_s,
+            )
+            for number, asked in enumerate(zip(many, each, priorities, strict=True))
+        ]
+        self._serve([lead for search in searches for lead in search.lead], use_tqdm, "Searching")
+        outputs = beam_search.BeamOutputs(self.tokenizer)
+        return [outputs.output(search) for search in searches]
 
     def chat(
         self,
@@ -334,6 +380,25 @@ class LLM:
         self._steps += 1
         return self.engine.step()
 
+    def _serve(self, requests: Sequence[Request], use_tqdm: bool, what: str) -> None:
+        """Steps until all of them have ended."""
+        ours, waiting = set(requests), list(requests)
+        with tqdm(total=len(requests), disable=not use_tqdm, unit="seq", desc=what) as bar:
+            try:
+                for request in requests:
+                    self.engine.add(request)
+                while waiting:
+                    # Whether a request has ended is asked of itself: a step of another call may
+                    # have told its end. The last one is enough: all of them become the last.
+                    if waiting[-1].finished:
+                        waiting.pop()
+                        continue
+                    bar.update(sum(r.finished and r in ours for r in self._step()))
+            except BaseException:
+                self._abort(requests)
+                raise
+            bar.update(len(requests) - bar.n)
+
     def _add(self, asked: Iterable[_Asked]) -> None:
         for each in asked:
             for sample in each.samples:
@@ -385,7 +450,7 @@ class LLM:
             expected = isinstance(error, (ValueError, TypeError))
             what = str(error) if expected else f"{type(error).__name__}: {error}"
             return _Asked(name, text, ids, [], f"prompt {name.rpartition('-')[2]}: {what}")
-        return _Asked(name, text, ids, samples)
+        return _Asked(name, text, samples[0].prompt_ids, samples)  # which may be shorter
 
     def _need_tokenizer(self, what: str) -> Any:
         if self.tokenizer is None:
@@ -394,7 +459,9 @@ class LLM:
             )
         return self.tokenizer
 
-    def _output(self, asked: _Asked, kind: RequestOutputKind) -> RequestOutput:
+    def _output(
+        self, asked: _Asked, kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    ) -> RequestOutput:
         return self.engine.outputs.request_output(
             asked.id, asked.prompt, asked.token_ids, asked.samples, kind, asked.error
         )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from vattn.cli import flags
+from vattn.cli import decoding, decoding_flags, flags
 from vattn.cli.console import BadInput
+from vattn.cli.decoding import Decoding
 from vattn.cli.options import positive, size
+from vattn.cli.prompts import read_prompts
+from vattn.sampling_params import BeamSearchParams, SamplingParams
 
 DEFAULT_PROMPT = (
     "A transaction is a group of statements that the database treats as one unit. When a "
@@ -51,11 +53,17 @@ class Request:
     memory_map: bool
     stats: bool
     json_file: Path | None
+    decoding: Decoding
 
     @property
     def sequences(self) -> int:
         """Texts to generate, over all prompts."""
         return len(self.prompts) * self.samples
+
+    @property
+    def is_search(self) -> bool:
+        """Whether the texts of a prompt are beams, and not samples."""
+        return self.decoding.beam_width is not None
 
 
 def generate(
@@ -72,6 +80,22 @@ def generate(
     min_p: flags.MinP = None,
     stop: flags.Stop = None,
     seed: flags.Seed = 0,
+    presence_penalty: decoding_flags.PresencePenalty = None,
+    frequency_penalty: decoding_flags.FrequencyPenalty = None,
+    repetition_penalty: decoding_flags.RepetitionPenalty = None,
+    logit_bias: decoding_flags.LogitBias = None,
+    bad_words: decoding_flags.BadWords = None,
+    allowed_token_ids: decoding_flags.AllowedTokenIds = None,
+    logprobs: decoding_flags.Logprobs = None,
+    prompt_logprobs: decoding_flags.PromptLogprobs = None,
+    truncate_prompt_tokens: decoding_flags.TruncatePromptTokens = None,
+    json_schema: decoding_flags.JsonSchema = None,
+    regex: decoding_flags.Regex = None,
+    choice: decoding_flags.Choice = None,
+    grammar: decoding_flags.Grammar = None,
+    beam_width: decoding_flags.BeamWidth = None,
+    length_penalty: decoding_flags.LengthPenalty = None,
+    speculative_config: decoding_flags.SpeculativeConfig = None,
     max_num_seqs: flags.MaxNumSeqs = 32,
     max_num_batched_tokens: flags.MaxNumBatchedTokens = None,
     device: flags.Device = None,
@@ -94,9 +118,30 @@ def generate(
     Text goes to stdout, everything else to stderr. Without a prompt it continues a built-in one.
     """
     given = read_prompts(text, prompt, prompts)
+    samples = positive("--n", n) or (1 if given else flags.DEMO_SAMPLES)
+    choices = {
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "repetition_penalty": repetition_penalty,
+        "logit_bias": decoding.read_bias(logit_bias),
+        "bad_words": bad_words,
+        "allowed_token_ids": decoding.read_ids(allowed_token_ids),
+        "logprobs": logprobs,
+        "prompt_logprobs": prompt_logprobs,
+        "truncate_prompt_tokens": truncate_prompt_tokens,
+    }
+    asked = Decoding(
+        choice={name: value for name, value in choices.items() if value is not None},
+        structured=decoding.read_structured(json_schema, regex, choice, grammar),
+        beam_width=positive("--beam-width", beam_width),
+        length_penalty=length_penalty,
+        speculative=decoding.read_speculative(speculative_config),
+    )
+    if asked.beam_width is not None and n is not None:
+        raise BadInput(f"--n {n} and --beam-width {beam_width} say how many texts; drop one")
     request = Request(
         prompts=given or (DEFAULT_PROMPT,),
-        samples=positive("--n", n) or (1 if given else flags.DEMO_SAMPLES),
+        samples=asked.beam_width or samples,
         model=model,
         max_tokens=positive("--max-tokens", max_tokens) or 0,
         min_tokens=min_tokens,
@@ -120,6 +165,7 @@ def generate(
         memory_map=memory_map,
         stats=stats,
         json_file=json_file,
+        decoding=asked,
     )
     check(request)
     # torch and transformers take seconds to import: not before the arguments are known to be good.
@@ -135,6 +181,7 @@ def check(request: Request) -> None:
         BadInput: it names the option, the value and what is allowed.
     """
     _check_sampling(request)
+    _check_decoding(request)
     _check_engine(request)
     path = request.json_file
     if path is not None and path.is_dir():
@@ -166,6 +213,45 @@ def _check_sampling(request: Request) -> None:
         raise BadInput(f"--seed {request.seed} must be between 0 and 2**63 - 1")
 
 
+def _check_decoding(request: Request) -> None:
+    asked = request.decoding
+    if asked.beam_width is None:
+        if asked.length_penalty is not None:
+            raise BadInput(
+                f"--length-penalty {asked.length_penalty:g} is of beam search; give --beam-width, "
+                "or drop it"
+            )
+        with decoding.named():
+            SamplingParams(
+                max_tokens=request.max_tokens, min_tokens=request.min_tokens, **asked.choice
+            )
+        return
+    names = ("min_tokens", "top_p", "top_k", "min_p", "stop")
+    decoding.without_beams({name: getattr(request, name) for name in names})
+    decoding.without_beams({name: [value] for name, value in asked.choice.items()})
+    if asked.structured is not None:
+        raise BadInput("beam search has no structured output; drop it, or --beam-width")
+    if asked.beam_width > request.max_num_seqs:
+        raise BadInput(
+            f"--beam-width {asked.beam_width} is more than --max-num-seqs {request.max_num_seqs}, "
+            "and beams run at once; raise the latter"
+        )
+    with decoding.named():
+        beam_params(request)
+
+
+def beam_params(request: Request) -> BeamSearchParams:
+    """How to search, if beams are asked for."""
+    asked = request.decoding
+    assert asked.beam_width is not None
+    return BeamSearchParams(
+        beam_width=asked.beam_width,
+        max_tokens=request.max_tokens,
+        temperature=request.temperature or 0.0,
+        length_penalty=1.0 if asked.length_penalty is None else asked.length_penalty,
+    )
+
+
 def _check_engine(request: Request) -> None:
     tokens, at_once = request.max_num_batched_tokens, min(request.max_num_seqs, request.sequences)
     if tokens is not None and tokens < at_once:
@@ -178,38 +264,3 @@ def _check_engine(request: Request) -> None:
         raise BadInput(f"--swap-space {swap} must be a number of GiB, 0 or more")
     if request.order not in (None, "token", "head"):
         raise BadInput(f"--order {request.order} is not known; use token or head")
-
-
-def read_prompts(text: str | None, prompt: str | None, file: Path | None) -> tuple[str, ...]:
-    """The prompts that were given in one of the ways to give them; none if there are none.
-
-    Raises:
-        BadInput: given in two ways, empty or unreadable.
-    """
-    if sum(source is not None for source in (text, prompt, file)) > 1:
-        raise BadInput("give one of PROMPT, --prompt and --prompts, not several")
-    if file is not None:
-        name = "standard input" if str(file) == "-" else f"--prompts {file}"
-        lines = tuple(line for line in _read(file, name).splitlines() if line.strip())
-        if not lines:
-            raise BadInput(f"{name} holds no prompt; write one in each line")
-        return lines
-    if text is None and prompt is None:
-        return ()
-    given = prompt if text is None else text
-    assert given is not None
-    if text == "-":
-        given = _read(Path("-"), "standard input").rstrip("\n")
-    if not given.strip():
-        raise BadInput(f"the prompt {given!r} is empty; give some text, or none at all for a demo")
-    return (given,)
-
-
-def _read(file: Path, name: str) -> str:
-    try:
-        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-        return data.decode()
-    except OSError as error:
-        raise BadInput(f"{name} cannot be read: {error.strerror}; give a text file") from error
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{name} is not UTF-8 text (byte {error.start}); convert it") from error

@@ -12,8 +12,10 @@ from rich.console import Console
 
 import vattn
 from vattn.cli import load
+from vattn.cli.beams import BeamRun, WatchedLLM
 from vattn.cli.console import BadInput, CliError, notes, one_line
-from vattn.cli.generate import Request
+from vattn.cli.decoding import with_option_names
+from vattn.cli.generate import Request, beam_params
 from vattn.cli.run import Run, sampling_params
 from vattn.cli.session import Session
 from vattn.engine.setup import AHEAD_BYTES
@@ -42,7 +44,8 @@ def run(request: Request) -> None:
     tokenizer = load.load_tokenizer(source)
     # All that can be refused is refused before gigabytes are loaded.
     limit = token_limit(request, longest_sequence(config), source.is_embedded)
-    prompt_ids = read_tokens(request.prompts, tokenizer, limit)
+    keep = request.decoding.choice.get("truncate_prompt_tokens")
+    prompt_ids = read_tokens(request.prompts, tokenizer, limit, keep)
     longest = max(map(len, prompt_ids))
     wanted = longest + request.max_tokens
     if limit is not None and limit < wanted:
@@ -53,9 +56,13 @@ def run(request: Request) -> None:
     try:
         with console.status(f"loading {source.name}") if console.is_terminal else nullcontext():
             llm = open_engine(request, source, tokenizer, pool, max_model_len)
-        params = sampling_params(request, llm.model.generation_config)
         print_header(console, request, source.name, llm.model)
-        generate(request, console, Run(llm, request, prompt_ids, params), source.name)
+        if request.is_search:
+            run: Run = BeamRun(llm, request, prompt_ids, beam_params(request))
+        else:
+            params = sampling_params(request, llm.model.generation_config)
+            run = Run(llm, request, prompt_ids, params)
+        generate(request, console, run, source.name)
     except torch.OutOfMemoryError as error:
         raise CliError(
             f"out of GPU memory: {one_line(error, 200)}; use a smaller model or --device cpu"
@@ -88,13 +95,19 @@ def token_limit(request: Request, model_limit: int | None, is_embedded: bool) ->
     return asked
 
 
-def read_tokens(prompts: Sequence[str], tokenizer: Any, limit: int | None) -> list[list[int]]:
-    """The token ids of each prompt.
+def read_tokens(
+    prompts: Sequence[str], tokenizer: Any, limit: int | None, keep: int | None = None
+) -> list[list[int]]:
+    """The token ids of each prompt, of which the last ``keep`` are used; -1 for as many as fit.
 
     Raises:
         BadInput: a prompt of no tokens, or one that leaves no room for a single new token.
     """
     every: list[list[int]] = tokenizer(list(prompts), verbose=False)["input_ids"]
+    if keep is not None and keep < 0:
+        keep = None if limit is None else limit - 1
+    if keep is not None:
+        every = [ids[-keep:] for ids in every]
     for number, (prompt, ids) in enumerate(zip(prompts, every, strict=True), start=1):
         length = len(ids)
         name = f"prompt {number}" if len(prompts) > 1 else "the prompt"
@@ -103,7 +116,8 @@ def read_tokens(prompts: Sequence[str], tokenizer: Any, limit: int | None) -> li
         if limit is not None and length >= limit:
             raise BadInput(
                 f"{name} has {length} tokens, but the limit for it and its text is {limit}; "
-                "shorten it, or raise --max-model-len if the model allows it"
+                "shorten it, set --truncate-prompt-tokens, or raise --max-model-len if the model "
+                "allows it"
             )
     return every
 
@@ -147,7 +161,7 @@ def open_engine(
     """
     try:
         with load.told(source):
-            return LLM(
+            return WatchedLLM(
                 source.location,
                 tokenizer=tokenizer,
                 dtype=request.dtype,
@@ -161,9 +175,10 @@ def open_engine(
                 enforce_eager=request.enforce_eager,
                 order=request.order,
                 seed=request.seed,
+                speculative_config=request.decoding.speculative,
             )
     except ValueError as error:
-        raise BadInput(one_line(error).replace("max_model_len=", "--max-model-len ")) from error
+        raise BadInput(with_option_names(one_line(error))) from error
     except vattn.OutOfPages as error:
         raise CliError(f"out of pages: {one_line(error)}; raise --budget") from error
     except vattn.DriverError as error:
@@ -211,5 +226,5 @@ def print_header(console: Console, request: Request, name: str, model: Any) -> N
     if len(request.prompts) > 1:
         parts.append(f"{len(request.prompts)} prompts")
     if request.samples > 1:
-        parts.append(f"{request.samples} samples")
+        parts.append(f"{request.samples} {'beams' if request.is_search else 'samples'}")
     console.print(" · ".join(parts), style="dim", markup=False)

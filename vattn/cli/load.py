@@ -158,6 +158,8 @@ def told(source: Source) -> Iterator[None]:
         yield
     except checks.ModelError as error:
         text = one_line(error)
+        if text.startswith("speculative_config"):  # of the model that drafts
+            raise BadInput(text.replace("speculative_config", "--speculative-config", 1)) from error
         if not text.startswith(source.location):
             text = f"{source.name}: {text}"
         raise BadInput(f"--model {text}") from error

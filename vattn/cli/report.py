@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from vattn.cli.console import BadInput
+from vattn.cli.console import CONTROL, BadInput, one_line
 from vattn.cli.memory_map import describe_column, render
 from vattn.cli.run import Output, Timing
 from vattn.config import format_bytes
@@ -43,7 +44,12 @@ def print_map(console: Console, memory: MemoryMap, layout: Layout) -> None:
 
 
 def print_figures(
-    console: Console, peak: CacheStats | None, engine: EngineStats, timing: Timing
+    console: Console,
+    peak: CacheStats | None,
+    engine: EngineStats,
+    timing: Timing,
+    *,
+    speculates: bool = False,
 ) -> None:
     """Prints a run's figures under a rule.
 
@@ -52,6 +58,7 @@ def print_figures(
         peak: of the cache when most tokens were live; None if that moment never came.
         engine: at the end of the run.
         timing: of the run.
+        speculates: drafts were to be made.
     """
     _rule(console, "figures")
     table = Table.grid(padding=(0, 2))
@@ -59,7 +66,71 @@ def print_figures(
     table.add_column()
     for name, value in figures(peak or engine.cache, engine, timing):
         table.add_row(name, value)
+    if speculates:
+        table.add_row("speculation", acceptance(engine))
     console.print(table)
+
+
+def acceptance(engine: EngineStats) -> str:
+    """How many drafts were accepted, for people."""
+    drafts, accepted = engine.spec_decode_num_draft_tokens, engine.spec_decode_num_accepted_tokens
+    if not drafts:
+        return "no drafts were made"
+    length = 1 + accepted / engine.spec_decode_num_drafts
+    share = f"{accepted} of {drafts} drafts accepted ({accepted / drafts:.0%})"
+    return f"{share}, {length:.2f} tokens per verification"
+
+
+def print_results(console: Console, outputs: Sequence[Output], *, is_search: bool) -> None:
+    """Lists the outputs with their scores under a rule, a line each.
+
+    Args:
+        console: where to; texts are cut to its width.
+        outputs: of all prompts; those without an end are left out.
+        is_search: they are beams.
+    """
+    _rule(console, "results")
+    table = Table(box=None, pad_edge=False, header_style="bold", expand=True)
+    several = len({output.prompt_index for output in outputs}) > 1
+    names = ["prompt"] if several else []
+    names += ["beam", "score"] if is_search else ["sample"]
+    names += ["log prob.", "tokens", "end", "pages (shared)"]
+    for name in names:
+        table.add_column(name, no_wrap=True, justify="left" if name == "end" else "right")
+    table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
+    for output in outputs:
+        if output.finish_reason is not None:
+            cells = [str(output.prompt_index + 1)] if several else []
+            table.add_row(*cells, *_result(output, is_search))
+    console.print(table)
+    for output in outputs:
+        if output.prompt_logprobs is not None:
+            console.print(Text(_prompt_line(output, several), "dim"))
+
+
+def _result(output: Output, is_search: bool) -> list[str | Text]:
+    """The cells of an output, without its prompt."""
+    total, kv = output.cumulative_logprob, output.kv
+    cells: list[str | Text] = [str(output.sample + 1)]
+    if is_search:
+        cells.append("-" if output.score is None else f"{output.score:.4f}")
+    cells.append("-" if total is None else f"{total:.2f}")
+    cells += [str(len(output.token_ids)), str(output.finish_reason)]
+    cells += [f"{kv.pages} ({kv.shared_pages})", Text(one_line(CONTROL.sub("", output.text)))]
+    return cells
+
+
+def _prompt_line(output: Output, several: bool) -> str:
+    """The log probability of a prompt, for people."""
+    known = [entry for entry in output.prompt_logprobs or () if entry is not None]
+    total = sum(next(iter(entry.values())).logprob for entry in known)
+    name = f"prompt {output.prompt_index + 1}" if several else "the prompt"
+    if not known:
+        return f"{name}: the first token of a prompt has no log probability"
+    return (
+        f"{name}: log probability {total:.2f} over {len(known)} tokens, perplexity "
+        f"{math.exp(-total / len(known)):.2f}"
+    )
 
 
 def figures(peak: CacheStats, engine: EngineStats, timing: Timing) -> list[tuple[str, str]]:

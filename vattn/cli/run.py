@@ -12,8 +12,8 @@ from vattn.cli.generate import Request
 from vattn.kv.report import CacheStats, MemoryMap
 from vattn.llm import LLM
 from vattn.metrics import EngineStats
-from vattn.outputs import CompletionOutput, RequestOutput
-from vattn.sampling_params import RequestOutputKind, SamplingParams
+from vattn.outputs import CompletionOutput, KVUsage, Logprob, RequestOutput
+from vattn.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 # With so few sequences memory is looked at after each step, else now and then.
 _FEW_SEQUENCES = 16
@@ -36,6 +36,11 @@ class Output:
     finish_reason: str | None = None  # "stop", "length" or "error"; None: interrupted
     stop_reason: int | str | None = None  # the token or string that stopped it, if it was asked for
     error: str | None = None
+    cumulative_logprob: float | None = None
+    score: float | None = None  # of a beam
+    kv: KVUsage = field(default_factory=KVUsage)
+    logprobs: list[dict[int, Logprob]] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # of the first sample
 
     def add(self, new: CompletionOutput) -> None:
         """Appends what is new."""
@@ -43,6 +48,9 @@ class Output:
         self.token_ids += new.token_ids
         self.finish_reason, self.stop_reason = new.finish_reason, new.stop_reason
         self.error = new.error
+        self.cumulative_logprob, self.kv = new.cumulative_logprob, new.kv
+        if new.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + new.logprobs
 
 
 @dataclass
@@ -125,7 +133,7 @@ class Run:
         llm: LLM,
         request: Request,
         prompt_ids: Sequence[list[int]],
-        params: SamplingParams,
+        params: SamplingParams | BeamSearchParams,
     ) -> None:
         self.llm = llm
         self.params = params
@@ -148,6 +156,14 @@ class Run:
         room = self.llm.max_model_len - len(self._prompt_ids[index])
         return min(self.params.max_tokens or room, room)
 
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether the outputs have log probabilities."""
+        params = self.params
+        if isinstance(params, BeamSearchParams):
+            return True
+        return params.logprobs is not None or params.prompt_logprobs is not None
+
     def stats(self) -> EngineStats:
         """Figures of the engine, now."""
         return self.llm.stats()
@@ -155,19 +171,22 @@ class Run:
     def __iter__(self) -> Iterator[News]:
         """Generates, and tells of each prompt whenever it has something new."""
         started = time.perf_counter()
-        timing = self.timing
-        prompts = [{"prompt_token_ids": ids} for ids in self._prompt_ids]
         try:
-            for output in self.llm.stream(prompts, self.params, kind=RequestOutputKind.DELTA):
-                tokens = sum(len(new.token_ids) for new in output.outputs)
-                timing.total_s = time.perf_counter() - started
-                timing.tokens += tokens
-                if tokens and timing.first_token_s is None:
-                    timing.first_token_s = timing.total_s
-                self.peak.look()
-                yield self._take(output)
+            for news, tokens in self._generate([{"prompt_token_ids": i} for i in self._prompt_ids]):
+                self.timing.total_s = time.perf_counter() - started
+                self.timing.tokens += tokens
+                if tokens and self.timing.first_token_s is None:
+                    self.timing.first_token_s = self.timing.total_s
+                yield news
         finally:
-            timing.total_s = time.perf_counter() - started
+            self.timing.total_s = time.perf_counter() - started
+
+    def _generate(self, prompts: list[Any]) -> Iterator[tuple[News, int]]:
+        """News, and how many tokens they are."""
+        assert isinstance(self.params, SamplingParams)
+        for output in self.llm.stream(prompts, self.params):
+            self.peak.look()
+            yield self._take(output), sum(len(new.token_ids) for new in output.outputs)
 
     def _take(self, output: RequestOutput) -> News:
         index = int(output.request_id.rpartition("-")[2])
@@ -175,7 +194,10 @@ class Run:
         for new in output.outputs:
             samples[new.index].add(new)
             text += new.text if new.index == 0 else ""
-        samples[0].cached_tokens = output.num_cached_tokens
+        first = samples[0]
+        first.cached_tokens = output.num_cached_tokens
+        if output.prompt_logprobs is not None:
+            first.prompt_logprobs = (first.prompt_logprobs or []) + output.prompt_logprobs
         return News(index, text, output.finished)
 
 
@@ -202,10 +224,26 @@ def sampling_params(request: Request, defaults: Any) -> SamplingParams:
         stop=request.stop or None,
         max_tokens=request.max_tokens,
         min_tokens=request.min_tokens,
+        output_kind=RequestOutputKind.DELTA,
+        structured_outputs=request.decoding.structured,
+        **request.decoding.choice,
     )
 
 
-def settings(params: SamplingParams) -> dict[str, Any]:
-    """The sampling parameters that decide a text, for the record of a run."""
-    names = ("temperature", "top_p", "top_k", "min_p", "stop")
-    return {name: value for name, value in dataclasses.asdict(params).items() if name in names}
+def settings(params: SamplingParams | BeamSearchParams) -> dict[str, Any]:
+    """The parameters that decide a text, for the record of a run."""
+    given = {entry.name: getattr(params, entry.name) for entry in dataclasses.fields(params)}
+    if isinstance(params, BeamSearchParams):
+        return given
+    always = ("temperature", "top_p", "top_k", "min_p", "stop")
+    others = ("n", "seed", "max_tokens", "min_tokens", "output_kind", "structured_outputs")
+    default = SamplingParams()
+    asked = {
+        name: value
+        for name, value in given.items()
+        if name in always or (name not in others and value != getattr(default, name))
+    }
+    if params.structured_outputs is not None:
+        kinds = dataclasses.asdict(params.structured_outputs).items()
+        asked["structured_outputs"] = {name: value for name, value in kinds if value}
+    return asked

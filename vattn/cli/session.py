@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from rich.rule import Rule
 import vattn
 from vattn.cli import report
 from vattn.cli.console import CliError, Page, Words, one_line
+from vattn.cli.decoding import with_option_names
 from vattn.cli.generate import Request
 from vattn.cli.progress import Bar, Lines
 from vattn.cli.run import Output, Run, settings
@@ -30,7 +32,7 @@ class Session:
         self._page = Page(console.width)
         self._words = Words()
         self._printed = 0  # outputs, in their order
-        self._is_streamed = len(request.prompts) == 1
+        self._is_streamed = len(request.prompts) == 1 and not request.is_search
 
     def run(self) -> None:
         """Generates, prints and reports.
@@ -123,7 +125,8 @@ class Session:
         prompts, samples = self._request.prompts, self._request.samples
         index, sample = divmod(number, samples)
         titles = [f"prompt {index + 1} of {len(prompts)}"] if len(prompts) > 1 else []
-        titles += [f"sample {sample + 1} of {samples}"] if samples > 1 else []
+        kind = "beam" if self._request.is_search else "sample"
+        titles += [f"{kind} {sample + 1} of {samples}"] if samples > 1 else []
         if titles:
             self._console.print(Rule(", ".join(titles), align="left", style="dim"))
         self._page.begin()
@@ -138,19 +141,24 @@ class Session:
         if self._request.memory_map and peak.memory is not None:
             report.print_map(self._console, peak.memory, layout)
         if self._request.stats:
-            report.print_figures(self._console, peak.stats, run.stats(), run.timing)
+            if self._request.is_search or run.has_logprobs:
+                report.print_results(self._console, run.outputs, is_search=self._request.is_search)
+            speculates = self._request.decoding.speculative is not None
+            report.print_figures(
+                self._console, peak.stats, run.stats(), run.timing, speculates=speculates
+            )
 
     def _explain(self, failed: list[Output]) -> str:
         """One line on why texts ended early, and what to do."""
         first = failed[0]
-        reason = one_line(first.error)
-        if "pages" in reason:
+        reason = with_option_names(re.sub(r"^prompt \d+: ", "", one_line(first.error)))
+        if re.search(r"tokens need \d+ pages", reason):
             needs = reason.split(";")[0].removeprefix("out of pages: ")
             budget = format_bytes(self._run.stats().cache.budget_bytes)
             reason = (
                 f"out of pages: {needs}; raise --budget (it is {budget}), or lower --max-tokens"
             )
-        elif "driver" in reason:
+        elif "DriverError" in reason:
             reason += "; see vattn doctor"
         if len(self._request.prompts) > 1:
             reason = f"prompt {first.prompt_index + 1}: {reason}"
@@ -173,7 +181,8 @@ class Session:
             "device": str(engine.loaded.device),
             "dtype": str(engine.loaded.model.dtype).removeprefix("torch."),
             "max_tokens": request.max_tokens,
-            "n": request.samples,
+            "n": 1 if request.is_search else request.samples,
+            "speculative_config": request.decoding.speculative,
             "max_model_len": engine.max_model_len,
             "max_num_seqs": engine.scheduler.max_num_seqs,
             "max_num_batched_tokens": engine.scheduler.max_num_batched_tokens,

@@ -8,28 +8,14 @@ prompt (a space that belongs between prompt and output is kept).
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
+from tokenizers import Tokenizer
+
+from vattn.engine.decoders import Backend, Decoder, WindowDecoder
 from vattn.engine.stops import StopStrings
 from vattn.sampling_params import SamplingParams
-
-_UNFINISHED = "\ufffd"  # how decoders write a character whose rest may still come
-_CONTEXT_TOKENS = 6  # of the prompt; enough for a decoder to know what to put before the next
-_STUCK_TOKENS = 16  # no character is that long: what waits is not going to become text
-
-
-class Decoder(Protocol):
-    """Turns tokens into text that will not change any more."""
-
-    def push(self, tokens: Sequence[int]) -> str:
-        """The text that is certain now."""
-        ...
-
-    def flush(self) -> str:
-        """The rest, as no more tokens will come."""
-        ...
 
 
 class TextSource:
@@ -41,16 +27,27 @@ class TextSource:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.special = _special_ids(tokenizer)
-        self.pieces = _Pieces(tokenizer.backend_tokenizer) if _is_bytes(tokenizer) else None
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._backend = Backend(backend) if isinstance(backend, Tokenizer) else None
+        if self._backend is not None:
+            self.special = self._backend.special
+        else:
+            self.special = frozenset(tokenizer.all_special_ids)
         self._names: dict[int, str] = {}
 
     def decoder(self, prompt_ids: Sequence[int], skip_special_tokens: bool) -> Decoder:
         """A decoder for the continuation of a prompt."""
         skip = self.special if skip_special_tokens else frozenset()
-        if self.pieces is not None:
-            return _ByteDecoder(self.pieces, skip)
-        return _WindowDecoder(self.tokenizer, prompt_ids, skip)
+        if self._backend is not None:
+            return self._backend.decoder(prompt_ids, skip)
+        return WindowDecoder(self.tokenizer, prompt_ids, skip)
+
+    def text(
+        self, prompt_ids: Sequence[int], token_ids: Sequence[int], skip_special_tokens: bool = True
+    ) -> str:
+        """The whole text of a prompt's continuation."""
+        decoder = self.decoder(prompt_ids, skip_special_tokens)
+        return decoder.push(token_ids) + decoder.flush()
 
     def name(self, token: int) -> str:
         """The text of a token by itself, for log probabilities."""
@@ -58,135 +55,6 @@ class TextSource:
         if name is None:
             name = self._names[token] = str(self.tokenizer.decode([token]))
         return name
-
-
-def _special_ids(tokenizer: Any) -> frozenset[int]:
-    """What ``skip_special_tokens`` leaves out: of a Rust tokenizer, the tokens marked special."""
-    added = getattr(tokenizer, "added_tokens_decoder", None)
-    if added and getattr(tokenizer, "is_fast", False):
-        return frozenset(i for i, token in added.items() if token.special)
-    return frozenset(tokenizer.all_special_ids)
-
-
-# Tokenizers of bytes ------------------------------------------------------------------------------
-
-
-def _is_bytes(tokenizer: Any) -> bool:
-    """Whether each token stands for bytes, whatever is around it (GPT-2, Llama 3, Qwen, ...)."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend is not None and type(backend.decoder).__name__ == "ByteLevel"
-
-
-def _byte_of_character() -> dict[str, int]:
-    """Byte-level vocabularies write printable Latin-1 as itself, other bytes from U+0100 on.
-
-    A. Radford et al., "Language models are unsupervised multitask learners", 2019.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)) - set(printable))
-    table = {chr(byte): byte for byte in printable}
-    return table | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTES = _byte_of_character()
-
-
-class _Pieces(dict[int, bytes]):
-    """The bytes of each token, looked up when first seen; none for an id without a token."""
-
-    def __init__(self, backend: Any) -> None:
-        super().__init__()
-        self._backend = backend
-
-    def __missing__(self, token: int) -> bytes:
-        written = self._backend.id_to_token(token) or ""
-        try:
-            piece = bytes(_BYTES[character] for character in written)
-        except KeyError:  # an added token, which is written as it reads
-            piece = written.encode()
-        self[token] = piece
-        return piece
-
-
-class _ByteDecoder:
-    """Joins bytes; holds back the beginning of a character."""
-
-    __slots__ = ("_pieces", "_skip", "_utf8")
-
-    def __init__(self, pieces: _Pieces, skip: frozenset[int]) -> None:
-        self._pieces = pieces
-        self._skip = skip
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, tokens: Sequence[int]) -> str:
-        pieces, skip = self._pieces, self._skip
-        return self._utf8.decode(b"".join([pieces[t] for t in tokens if t not in skip]))
-
-    def flush(self) -> str:
-        return self._utf8.decode(b"", final=True)
-
-
-# Any other tokenizer ------------------------------------------------------------------------------
-
-
-class _WindowDecoder:
-    """Decodes the last tokens with a few before them, and takes what comes after those' text."""
-
-    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], skip: frozenset[int]) -> None:
-        self._tokenizer = tokenizer
-        self._skip = skip
-        last = prompt_ids[-_CONTEXT_TOKENS:]
-        self._tokens = [token for token in last if token not in skip]
-        self._told = len(self._tokens)  # tokens of the window whose text has been given
-        self._text = self._decode(self._tokens)  # that text
-        if self._text.endswith(_UNFINISHED):
-            # The prompt ends within a character; the output cannot continue it as text.
-            self._tokens, self._told, self._text = [], 0, ""
-
-    def push(self, tokens: Sequence[int]) -> str:
-        return "".join([self._push(token) for token in tokens if token not in self._skip])
-
-    def flush(self) -> str:
-        if self._told == len(self._tokens):
-            return ""
-        return self._take(len(self._tokens), self._decode(self._tokens))
-
-    def _push(self, token: int) -> str:
-        self._tokens.append(token)
-        text = self._decode(self._tokens)
-        if not text.endswith(_UNFINISHED):
-            # Tokens that add nothing wait, as the next may need to know what was before them.
-            return self._take(len(self._tokens), text) if text != self._text else ""
-        if (len(self._tokens) - self._told) % _STUCK_TOKENS:
-            return ""
-        # Bytes that are no text. Cut where both sides read the same apart as together.
-        for cut in range(len(self._tokens) - 1, len(self._tokens) - 5, -1):
-            head = self._decode(self._tokens[:cut])
-            if head + self._decode(self._tokens[cut:]) == text:
-                return self._take(cut, head)
-        return ""
-
-    def _take(self, end: int, text: str) -> str:
-        """Gives the text of tokens up to ``end``; those before what is new leave the window."""
-        if text.startswith(self._text):
-            new = text[len(self._text) :]
-        else:  # the decoder has thought better of what was given, as of bytes that came out invalid
-            new = self._decode(self._tokens[self._told : end])
-        self._tokens = self._tokens[self._told :]
-        self._told = end - self._told
-        self._text = self._decode(self._tokens[: self._told])
-        return new
-
-    def _decode(self, tokens: list[int]) -> str:
-        # Special tokens to skip are not in the window. Tidying spaces would change earlier text.
-        return str(
-            self._tokenizer.decode(
-                tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-        )
-
-
-# The text of a sequence --------------------------------------------------------------------------
 
 
 class Detokenizer:

@@ -7,12 +7,12 @@ anything per step.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from vattn.engine.detokenizer import Detokenizer, TextSource
 from vattn.engine.sampled import HostSampled
-from vattn.outputs import CompletionOutput, Logprob, RequestOutput, Timings
+from vattn.outputs import CompletionOutput, KVUsage, Logprob, RequestOutput, Timings
 from vattn.request import FinishReason, Request
 from vattn.sampling_params import RequestOutputKind
 
@@ -22,12 +22,14 @@ __all__ = ["Detokenizer", "OutputProcessor"]
 class _State:
     """What has been made and told of one request."""
 
-    __slots__ = ("named", "read", "text", "told_end", "told_tokens")
+    __slots__ = ("cumulative", "prompt", "read", "summed", "text", "told_end", "told_tokens")
 
     def __init__(self, text: Detokenizer | None, read: int) -> None:
         self.text = text
         self.read = read  # of request.tokens, by `text`
-        self.named = 0  # entries of request.logprobs whose tokens have their text
+        self.summed = 0  # entries of request.logprobs that are named, and part of the sum
+        self.cumulative = 0.0  # that sum, over the tokens of the output
+        self.prompt = 0  # entries of request.prompt_logprobs that are named and told
         self.told_tokens = 0
         self.told_end = False
 
@@ -37,10 +39,14 @@ class OutputProcessor:
 
     Args:
         tokenizer: None for token ids only.
+        usage: what a request has of the KV cache; None to tell only what it had at its end.
     """
 
-    def __init__(self, tokenizer: Any = None) -> None:
+    def __init__(
+        self, tokenizer: Any = None, usage: Callable[[Request], KVUsage] | None = None
+    ) -> None:
         self.tokenizer = tokenizer
+        self._usage = usage
         self._source = None if tokenizer is None else TextSource(tokenizer)
         self._watched: set[Request] = set()  # those that need a look in each step
 
@@ -95,6 +101,8 @@ class OutputProcessor:
             state: _State = request.output
             if state.text is None or not request.params.stop_strings:
                 continue
+            if row + 1 < len(requests) and requests[row + 1] is request:
+                continue  # of its rows, as many as it has drafts and one more, the last will do
             try:
                 stop = state.text.stop or _read(request, state)
             except Exception as error:
@@ -106,11 +114,27 @@ class OutputProcessor:
                 stopped.append((request, stop))
         return stopped
 
+    def end_of_text(self, request: Request) -> tuple[FinishReason, str] | None:
+        """Looks at a token as soon as it was appended, where the next may follow in the same step.
+
+        Returns:
+            Why its text ends with it, and the stop string, or what is wrong with it; else None.
+        """
+        state: _State = request.output
+        if state.text is None:
+            return None
+        try:
+            stop = _read(request, state)
+        except Exception as error:  # of the tokenizer, which may be anybody's
+            return FinishReason.ERROR, f"the tokenizer cannot decode its tokens: {error}"
+        return None if stop is None else (FinishReason.STOP, stop)
+
     def _add_logprobs(self, request: Request, sampled: HostSampled, row: int) -> None:
         """Unless the row's token was not appended, since its request had ended."""
         assert request.logprobs is not None
         if len(request.logprobs) < len(request.tokens) - len(request.prompt_ids):
-            entry = sampled.entry(row, request.tokens[-1])
+            at = len(request.prompt_ids) + len(request.logprobs)
+            entry = sampled.entry(row, request.tokens[at])
             if entry is not None:
                 request.logprobs.append(entry)
 
@@ -128,7 +152,9 @@ class OutputProcessor:
         state: _State = request.output
         first, start = state.told_tokens, len(request.prompt_ids)
         delta = kind is RequestOutputKind.DELTA
-        logprobs = self._named(request, state)
+        logprobs = request.logprobs
+        if logprobs is not None:
+            self._sum(request, state, logprobs)
         state.told_tokens, state.told_end = len(request.tokens) - start, request.finished
         error = request.error
         try:
@@ -144,6 +170,8 @@ class OutputProcessor:
             finish_reason=None if request.finish_reason is None else request.finish_reason.value,
             stop_reason=request.stop_reason,
             error=error,
+            cumulative_logprob=None if logprobs is None else state.cumulative,
+            kv=self._kv(request),
         )
 
     def request_output(
@@ -162,7 +190,8 @@ class OutputProcessor:
             prompt: its text, if it was given as text.
             prompt_token_ids: its tokens.
             samples: its requests, in the order of their indices.
-            kind: everything of all samples, or only samples with something new, and only that.
+            kind: everything of all samples, or only samples with something new, and only that. With
+                FINAL_ONLY it is everything; it is on the caller to ask at the end.
             error: why the prompt never became requests; it is told as finished, then.
         """
         if error is not None:
@@ -180,6 +209,7 @@ class OutputProcessor:
             finished=all(request.finished for request in samples),
             num_cached_tokens=samples[0].cached,
             metrics=copy.copy(samples[0].timings),
+            prompt_logprobs=self._prompt_logprobs(samples[0], kind),
         )
 
     def _text(self, request: Request, state: _State, delta: bool) -> str:
@@ -193,15 +223,43 @@ class OutputProcessor:
         new = state.text.take()
         return new if delta else state.text.text
 
-    def _named(self, request: Request, state: _State) -> list[dict[int, Logprob]] | None:
-        """Its log probabilities, with the text of their tokens."""
-        logprobs = request.logprobs
-        if logprobs and self._source is not None and request.params.detokenize:
-            for entry in logprobs[state.named :]:
-                for token, logprob in entry.items():
-                    logprob.decoded_token = self._source.name(token)
-            state.named = len(logprobs)
-        return logprobs
+    def _sum(self, request: Request, state: _State, logprobs: list[dict[int, Logprob]]) -> None:
+        """Adds up the log probabilities that have come, and names their tokens."""
+        new = logprobs[state.summed :]
+        if not new:
+            return
+        self._name(request, new)
+        first = len(request.prompt_ids) + state.summed
+        tokens = request.tokens[first : first + len(new)]
+        state.cumulative += sum(
+            entry[token].logprob for token, entry in zip(tokens, new, strict=True)
+        )
+        state.summed += len(new)
+
+    def _prompt_logprobs(
+        self, request: Request, kind: RequestOutputKind
+    ) -> list[dict[int, Logprob] | None] | None:
+        """Those of the prompt that are known; with DELTA those that were not told before."""
+        known, state = request.prompt_logprobs, request.output
+        if known is None:
+            return None
+        first, state.prompt = state.prompt, len(known)
+        self._name(request, [entry for entry in known[first:] if entry is not None])
+        return known[first:] if kind is RequestOutputKind.DELTA else list(known)
+
+    def _name(self, request: Request, entries: Iterable[dict[int, Logprob]]) -> None:
+        """Gives the tokens of log probabilities their text."""
+        if self._source is None or not request.params.detokenize:
+            return
+        name = self._source.name
+        for entry in entries:
+            for token, logprob in entry.items():
+                logprob.decoded_token = name(token)
+
+    def _kv(self, request: Request) -> KVUsage:
+        if self._usage is not None:
+            return self._usage(request)
+        return request.kv or KVUsage()
 
     def check(self) -> None:
         """Verifies that what was told is no more than there is."""
@@ -211,6 +269,8 @@ class OutputProcessor:
             assert state.told_tokens <= outputs, request.id
             assert len(request.prompt_ids) <= state.read <= len(request.tokens), request.id
             assert request.logprobs is None or len(request.logprobs) <= outputs, request.id
+            assert state.summed <= len(request.logprobs or ()), request.id
+            assert state.prompt <= len(request.prompt_logprobs or ()), request.id
             assert request.params.stop_strings or request.logprobs is not None, request.id
             if state.text is not None:
                 state.text.check()
@@ -225,8 +285,11 @@ def _read(request: Request, state: _State) -> str | None:
         first < end
         and request.finish_reason is FinishReason.STOP
         and not request.params.include_stop_str_in_output
+        and (request.grammar is None or tokens[-1] in request.stop_ids)
     ):
-        end -= 1  # by a stop token, for a stop string would have been seen
+        # By a stop token, for a stop string would have been seen, and a structured output that is
+        # complete by itself was excepted.
+        end -= 1
     return state.text.append(tokens[first:end])[1] if first < end else None
 
 
