@@ -28,6 +28,7 @@ from bench.common import Json, Target, parser, print_table, print_targets, repor
 from bench.engine_step import step_times
 from vattn import KVCache
 from vattn.engine.scheduler import Scheduler
+from vattn.outputs import KVUsage
 from vattn.request import Request
 from vattn.sampling_params import SamplingParams
 
@@ -54,6 +55,9 @@ class StubMemory:
     def grow(self, slots: list[int], tokens: list[int]) -> bool:
         return True
 
+    def cut(self, request: Request, *, spoiled: bool = False) -> None:
+        pass
+
     def preempt(self, request: Request) -> None:
         self.release(request)
         request.computed = 0
@@ -61,6 +65,12 @@ class StubMemory:
     def release(self, request: Request) -> None:
         self._free.append(request.slot)
         request.slot = -1
+
+    def reorder(self, slots: list[int], sources: list[int]) -> bool:
+        raise AssertionError("a stub has no beams")
+
+    def usage(self, request: Request) -> KVUsage:
+        return KVUsage()
 
     def over_budget(self) -> bool:
         return False

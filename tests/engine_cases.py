@@ -151,8 +151,12 @@ def assert_nothing_left(llm: vattn.LLM) -> None:
     assert stats.swap_used_bytes == 0
     llm.reset_prefix_cache()
     llm.engine.cache.trim()
+    drafts = getattr(llm.engine.proposer, "cache", None)  # of a draft model
+    if drafts is not None:
+        drafts.trim()
     llm.engine.check()
     pool = llm.engine.cache.pool
-    kept = llm.engine.memory.scratch_pages * pool.page_bytes
+    fixed = 0 if llm.engine.proposer is None else llm.engine.proposer.fixed_pages
+    kept = (llm.engine.memory.scratch_pages + fixed) * pool.page_bytes
     assert pool.stats().created_bytes == kept
     assert pool.driver.physical_bytes() == kept

@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from tests.beam_model import beam_candidates
+from vattn.engine.beams import BeamGroup, Candidates
+from vattn.engine.gangs import absent, mates
 from vattn.engine.scheduler import NeverFits, Plan, Scheduler
+from vattn.outputs import KVUsage
 from vattn.request import FinishReason, Request, Status
 from vattn.sampling_params import SamplingParams
 
@@ -63,8 +67,8 @@ class SlotState:
 class FakeMemory:
     """Pages are numbers with reference counts; prefixes are kept as token lists that cost nothing.
 
-    ``fail_grows`` makes so many calls of ``grow`` fail; ``swap_pages`` is the room for what is
-    preempted, the rest is dropped.
+    ``fail_grows`` makes so many calls of ``grow`` fail, and ``fail_reorders`` of ``reorder``;
+    ``swap_pages`` is the room for what is preempted, the rest is dropped.
     """
 
     budget: int
@@ -73,6 +77,7 @@ class FakeMemory:
     swap_pages: int = 0
     prefixes: bool = True
     fail_grows: int = 0
+    fail_reorders: int = 0
     open: dict[int, SlotState] = field(default_factory=dict)
     references: dict[int, int] = field(default_factory=dict)
     kept: list[list[int]] = field(default_factory=list)
@@ -115,7 +120,7 @@ class FakeMemory:
         extra = beyond = 0
         for slot, n in zip(slots, tokens, strict=True):
             state = self.open[slot]
-            assert len(state.content) < n <= state.request.length
+            assert len(state.content) < n <= state.request.length + len(state.request.drafts)
             more = max(0, self.pages_for(n) - len(state.pages))
             extra += more
             beyond += max(0, min(more, self.pages_for(n) - state.promised))
@@ -126,10 +131,52 @@ class FakeMemory:
             pages += [self._take() for _ in range(self.pages_for(n) - len(pages))]
         return True
 
+    def cut(self, request: Request, *, spoiled: bool = False) -> None:
+        assert not spoiled
+        state = self.open[request.slot]
+        state.content = state.content[: request.computed]
+        needed = self.pages_for(request.computed)
+        for page in state.pages[needed:]:
+            self._drop(page)
+        state.pages = state.pages[:needed]
+
+    def reorder(self, slots: list[int], sources: list[int]) -> bool:
+        assert len(set(slots)) == len(slots)
+        if self.fail_reorders:
+            self.fail_reorders -= 1
+            return False
+        before = dict(self.references), {slot: self.open[slot].pages for slot in slots}
+        contents = {slot: self.open[slot].content for slot in sources}
+        shared = {
+            slot: self.open[slot].pages[: len(contents[slot]) // self.page_tokens]
+            for slot in sources
+        }
+        for source in sources:
+            for page in shared[source]:
+                self.references[page] += 1
+        for slot, source in zip(slots, sources, strict=True):
+            state = self.open[slot]
+            assert len(state.content) == len(contents[source])
+            for page in state.pages:
+                self._drop(page)
+            tail = self.pages_for(len(contents[source])) - len(shared[source])
+            state.pages = shared[source] + [self._take() for _ in range(tail)]
+        if len(self.references) > max(self.budget, len(before[0])):
+            self.references = before[0]
+            for slot, pages in before[1].items():
+                self.open[slot].pages = pages
+            return False
+        for slot, source in zip(slots, sources, strict=True):
+            self.open[slot].content = list(contents[source])
+        return True
+
+    def usage(self, request: Request) -> KVUsage:
+        return KVUsage(pages=len(self.open[request.slot].pages) if request.slot >= 0 else 0)
+
     def preempt(self, request: Request) -> None:
         state = self._close(request)
         pages = self.pages_for(len(state.content))
-        if state.content and self.swapped + pages <= self.swap_pages:
+        if request.group is None and state.content and self.swapped + pages <= self.swap_pages:
             self.swapped += pages
             request.saved = state.content
         self.log.append(("preempt", request.id))
@@ -171,13 +218,17 @@ class FakeMemory:
         self.references[self._next_page] = 1
         return self._next_page
 
+    def _drop(self, page: int) -> None:
+        self.references[page] -= 1
+        if not self.references[page]:
+            del self.references[page]
+
     def _close(self, request: Request) -> SlotState:
         state = self.open.pop(request.slot)
         assert state.request is request
         for page in state.pages:
-            self.references[page] -= 1
-            if not self.references[page]:
-                del self.references[page]
+            self._drop(page)
+        state.content = state.content[: request.computed]  # no draft that may be wrong
         if state.content and self.prefixes:
             self.kept = [*self.kept[-7:], state.content[: len(request.tokens)]]
         request.slot, request.computed = -1, 0
@@ -207,8 +258,10 @@ class FakeMemory:
             assert state.request.slot == slot
             assert len(state.content) <= len(state.pages) * self.page_tokens
             known = state.request.tokens
-            assert len(state.content) == state.request.computed
-            assert state.content[: len(known)] == known[: len(state.content)]
+            drafts = len(state.content) - state.request.computed
+            assert drafts == 0 or (state.request.in_flight and drafts <= len(state.request.drafts))
+            computed = state.content[: state.request.computed]
+            assert computed[: len(known)] == known[: len(computed)]
             for page in state.pages:
                 counted[page] = counted.get(page, 0) + 1
         assert counted == self.references
@@ -254,11 +307,15 @@ class FakeEngine:
             clock=lambda: self.now,
             **options,  # type: ignore[arg-type]
         )
+        self.found: dict[Plan, list[tuple[BeamGroup, Candidates]]] = {}  # until they arrive
         self.ended: list[Request] = []
         self.steps = 0
+        self.propose: Callable[[Request], list[int]] | None = None
+        self.waits_for_tokens = False  # as requests must that are to have drafts
 
     def add(self, *requests: Request) -> None:
         for request in requests:
+            request.waits_for_tokens |= self.waits_for_tokens
             self.scheduler.add(request)
 
     def step(
@@ -267,6 +324,9 @@ class FakeEngine:
         in_flight: Callable[[], object] | None = None,
     ) -> Plan:
         """One step; the callbacks run where a user may interfere. Returns what was launched."""
+        if self.propose is not None:
+            for request in self.scheduler.may_draft():
+                request.drafts = self.propose(request)
         plan = self.scheduler.schedule()
         self.check()
         self._check_progress(plan)
@@ -287,6 +347,7 @@ class FakeEngine:
             arrived, self.flying = self.flying, arrived
         if arrived is not None:
             self.scheduler.append_tokens(*arrived)
+            self.scheduler.advance_beams(self.found.pop(arrived[0], ()))
         self.check()
         self.ended += self.scheduler.take_finished()
         self.steps += 1
@@ -319,15 +380,19 @@ class FakeEngine:
         running = [s.request for s in self.memory.open.values()]
         running = [r for r in running if r.status is Status.RUNNING]
         running = [r for r in running if r.length < r.limit]  # the others wait for their last token
+        running = [r for r in running if not (r.waits_for_tokens and r.in_flight)]
         if self.flying is not None and not plan.requests:
             return  # pages are short, and what is in flight may end somebody
         if running:
-            assert min(running, key=self.scheduler._order) in plan.requests
+            first = min(running, key=self.scheduler._order)
+            restarted = first.group is not None and absent(first.group)  # they come in the next
+            assert restarted or not set(mates(first)).isdisjoint(plan.requests)
         else:
             assert plan.requests == []
 
     def _launch(self, plan: Plan) -> list[int]:
         """Writes the step's tokens into the slots, and samples."""
+        drafts = dict(plan.verifies)
         for request, slot, length in zip(plan.requests, plan.slots, plan.kv_lens, strict=True):
             state = self.memory.open[slot]
             assert state.request is request
@@ -338,9 +403,17 @@ class FakeEngine:
                 assert new == []
                 new = [self.last_token[slot]]
             state.content = state.content + new
+            state.content += request.drafts[: drafts.get(request, 0)]
             assert len(state.content) == length
-        tokens = [next_token(self.memory.open[r.slot].content, r.seed) for r in plan.sampling]
+        offsets = plan.offsets or [0] * len(plan.sampling)
+        tokens = []
+        for request, offset in zip(plan.sampling, offsets, strict=True):
+            content = self.memory.open[request.slot].content
+            seen = len(content) - drafts.get(request, 0) + offset
+            tokens.append(next_token(content[:seen], request.seed))
         self.last_token |= {r.slot: t for r, t in zip(plan.sampling, tokens, strict=True)}
+        contents = {r: self.memory.open[r.slot].content for r in plan.sampling if r.group}
+        self.found[plan] = beam_candidates(contents)
         return tokens
 
 

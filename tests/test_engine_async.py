@@ -86,7 +86,7 @@ def test_a_stream_gives_every_token_once() -> None:
     llm = make_llm("llama", async_scheduling=True)
     whole: list[int] = []
     asked: Any = {"prompt_token_ids": list(case.prompt)}
-    for output in llm.stream(asked, greedy(9), kind=RequestOutputKind.DELTA):
+    for output in llm.stream(asked, greedy(9, output_kind=RequestOutputKind.DELTA)):
         whole += output.outputs[0].token_ids
     (wanted,) = run(llm, [case])
     assert whole == wanted.outputs[0].token_ids[:9]

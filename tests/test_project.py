@@ -16,20 +16,37 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each module of vattn may import its own layer and those above it in this list. A package stands
 # for all that is in it; "vattn" is the package's own __init__, which re-exports the rest.
 PYTHON_LAYERS = (
-    {"vattn._core", "vattn.config", "vattn.metrics", "vattn.models", "vattn.request"},
+    {
+        "vattn._core",
+        "vattn.config",
+        "vattn.metrics",
+        "vattn.models",
+        "vattn.outputs",
+        "vattn.request",
+        "vattn.sampling_params",
+    },
     {"vattn.kv"},
     {"vattn.attention", "vattn.hf", "vattn.virtual_tensor"},
     {"vattn.engine"},
     {"vattn", "vattn.allocator", "vattn.cli", "vattn.llm", "vattn.run", "vattn.server"},
 )
 NO_TORCH = (
+    "vattn/engine/beams.py",
+    "vattn/engine/gangs.py",
+    "vattn/engine/lifecycle.py",
     "vattn/engine/policy.py",
     "vattn/engine/running.py",
     "vattn/engine/scheduler.py",
+    "vattn/engine/speculation/config.py",
+    "vattn/engine/speculation/counts.py",
+    "vattn/engine/speculation/proposer.py",
+    "vattn/engine/steps.py",
     "vattn/engine/waiting.py",
     "vattn/kv/prefix.py",
     "vattn/metrics.py",
+    "vattn/outputs.py",
     "vattn/request.py",
+    "vattn/sampling_params.py",
 )
 
 # A file of csrc/ may include its own header and those of the layers before its own.

@@ -41,6 +41,8 @@ prompts = st.builds(
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests come, run, and go in every way there is."""
 
+    waits_for_tokens = False
+
     def __init__(self) -> None:
         super().__init__()
         self.requests: list[Request] = []
@@ -83,6 +85,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             stage_ahead=stage_ahead,
             steps_in_flight=steps_in_flight,
         )
+        self.engine.waits_for_tokens = self.waits_for_tokens
 
     @rule(
         prompt=prompts,

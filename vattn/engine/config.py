@@ -7,9 +7,10 @@ import numbers
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from vattn.config import parse_bytes, positive_int
+from vattn.engine.speculation.config import parse_speculative
 
 Policy = Literal["fcfs", "priority"]
 _BOOLEANS = (
@@ -51,8 +52,13 @@ class EngineConfig:
         compile_model: the model around its attention goes through ``torch.compile``; None for what
             was measured to be faster on the device.
         async_scheduling: the next step is scheduled and launched before the tokens of the last one
-            have arrived; None for yes on a GPU and no on a CPU, where nothing runs beside it.
+            have arrived; None for yes on a GPU, unless it speculates, and no on a CPU, where
+            nothing runs beside it.
         prepare_ahead: map the next step's pages in the background, and admit one step ahead.
+        speculative_config: guess tokens and verify several in one step, as in
+            ``{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}`` or
+            ``{"model": "a/draft-model", "num_speculative_tokens": 5}``; see
+            :class:`vattn.engine.speculation.config.SpeculativeConfig`. None for no guessing.
         seed: of requests without one; None counts as 0.
 
     Raises:
@@ -79,6 +85,7 @@ class EngineConfig:
     compile_model: bool | None = None
     async_scheduling: bool | None = None
     prepare_ahead: bool = True
+    speculative_config: Any = None
     seed: int | None = 0
 
     def __post_init__(self) -> None:
@@ -88,6 +95,7 @@ class EngineConfig:
         self._set("max_num_seqs", positive_int(self.max_num_seqs, "max_num_seqs"))
         self._check_memory()
         self._check_choices()
+        self._check_speculation()
         seed = 0 if self.seed is None else self.seed
         if isinstance(seed, bool) or not hasattr(seed, "__index__"):
             raise ValueError(f"seed={seed!r} must be a whole number, or None for 0")
@@ -130,6 +138,14 @@ class EngineConfig:
             raise ValueError(f'order={self.order!r} must be "token" or "head"')
         self._check_graphs()
 
+    def _check_speculation(self) -> None:
+        object.__setattr__(self, "speculative_config", parse_speculative(self.speculative_config))
+        if self.speculative_config is not None and self.async_scheduling:
+            raise ValueError(
+                "async_scheduling=True launches a step before the tokens of the last one have "
+                "arrived, and speculative_config guesses from these tokens; drop one of them"
+            )
+
     def _check_graphs(self) -> None:
         sizes = self.cudagraph_capture_sizes
         if sizes is not None:
@@ -150,7 +166,7 @@ class EngineConfig:
             if self.compile_model:
                 raise ValueError("enforce_eager compiles nothing; drop it or compile_model")
 
-    def _set(self, name: str, value: int) -> None:
+    def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,8 +14,11 @@ import torch
 
 from vattn._core import DriverError
 from vattn.attention.select import choose
+from vattn.attention.upload import Uploader
 from vattn.engine.batch import StepBatch, pack
+from vattn.engine.beam_scores import BeamScorer
 from vattn.engine.config import EngineConfig
+from vattn.engine.grammars import GrammarCompiler
 from vattn.engine.graphs import can_capture
 from vattn.engine.intake import Intake
 from vattn.engine.memory import MemoryManager
@@ -24,6 +28,11 @@ from vattn.engine.sampled import Arriving, HostSampled, Sampled
 from vattn.engine.sampler import Sampler
 from vattn.engine.scheduler import Plan, Scheduler
 from vattn.engine.setup import make_cache, make_pool, max_model_len, model_forward
+from vattn.engine.speculation.make import draft_taken_over, load_draft, make_proposer
+from vattn.engine.speculation.proposer import Proposer
+from vattn.engine.steps import NO_TOKEN
+from vattn.engine.structured import StructuredMasks, explain
+from vattn.engine.structured import ended as ended_by_grammar
 from vattn.hf.model import LoadedModel
 from vattn.kv.pool import PagePool
 from vattn.kv.swap import SwapSpace
@@ -59,13 +68,14 @@ class Engine:
     ) -> None:
         self.loaded = loaded
         self.config = config
-        with self._on_device():
+        with self._on_device(), draft_taken_over(config):
             self._build(tokenizer, pool)
 
     def _build(self, tokenizer: Any, pool: PagePool | None) -> None:
         loaded, config = self.loaded, self.config
         self.max_model_len = max_model_len(loaded, config)
         backend = choose(loaded.specs, loaded.device, config.order, name=config.attention_backend)
+        draft = load_draft(config, loaded)
         if pool is None:
             pool = make_pool(loaded.device, config)
         elif (
@@ -86,7 +96,7 @@ class Engine:
         graphs = not config.enforce_eager and backend.graphs and can_capture(loaded.device)
         self.is_async = config.async_scheduling
         if self.is_async is None:
-            self.is_async = loaded.device.type == "cuda"
+            self.is_async = loaded.device.type == "cuda" and config.speculative_config is None
         # With tokens in flight a sequence keeps its slot for a step longer than it is computed.
         spare = graphs + self.is_async * config.max_num_seqs
         self.cache = make_cache(loaded, config, self.max_model_len, backend, pool, spare)
@@ -121,10 +131,20 @@ class Engine:
             forward=model_forward(loaded, config),
         )
         self.runner.capture(show_progress=True)
-        self.sampler = Sampler(loaded.vocab_size, loaded.device)
+        self.proposer = self.memory.proposer = make_proposer(
+            config, draft, pool, self.max_model_len, graphs=graphs
+        )
+        self._masks = StructuredMasks(loaded.vocab_size, Uploader(loaded.device))
+        self.sampler = Sampler(loaded.vocab_size, loaded.device, [self._masks])
+        self._beams = BeamScorer(loaded.device)
         self.outputs = OutputProcessor(tokenizer)
+        self.scheduler.read_text = self.outputs.end_of_text
         self._intake = Intake(
-            loaded, config, self.max_model_len, has_tokenizer=tokenizer is not None
+            loaded,
+            config,
+            self.max_model_len,
+            tokenizer=tokenizer,
+            grammars=GrammarCompiler(tokenizer, loaded.vocab_size, loaded.eos_token_ids),
         )
         self._inbox: list[Request | str] = []
         self._inbox_lock = threading.Lock()
@@ -211,14 +231,20 @@ class Engine:
     def _step(self) -> list[Request]:
         if self._inbox:
             self._take_inbox()
+        if self.proposer is not None:
+            self._propose(self.proposer)
         plan = self.scheduler.schedule()
+        too_early = self._in_flight is not None and _need_tokens(plan)
+        if not too_early:
+            self._masks.begin(plan.sampling)
         forwarded = self._forward(plan) if plan.slots else None
         news: list[Request] = []
-        if self._in_flight is not None and _need_tokens(plan):
+        if self._in_flight is not None and too_early:
             # How they are sampled depends on their latest tokens. The device runs the model while
             # the host looks at these.
-            launched, self._in_flight = self._in_flight, None
-            news = self._take(launched)
+            earlier, self._in_flight = self._in_flight, None
+            news = self._take(earlier)
+            self._masks.begin(plan.sampling)
         launched = None if forwarded is None else self._sample(forwarded)
         if self.is_async:
             launched, self._in_flight = self._in_flight, launched
@@ -235,6 +261,20 @@ class Engine:
         elif not plan.slots and launched is None:
             time.sleep(_PAUSE_S)  # what is waiting needs pages that are in use elsewhere
         return news
+
+    def _propose(self, proposer: Proposer) -> None:
+        """Has tokens guessed. Without guesses all goes on, only slower."""
+        requests = self.scheduler.may_draft()
+        try:
+            if requests:
+                proposer.propose(requests)
+        except Exception as error:
+            if _is_fatal(error):
+                raise
+            for request in requests:
+                request.drafts = []
+            proposer.lose_all()
+            warnings.warn(f"no drafts: {type(error).__name__}: {error}", stacklevel=2)
 
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
         """Streams, events and launches are those of the model's device, whatever is current."""
@@ -314,7 +354,10 @@ class Engine:
     def _sampled(self, plan: Plan, logits: torch.Tensor) -> Sampled:
         """The next tokens, and what the model thinks of prompts, on the device."""
         rows = len(plan.sampling)
+        beams = self._beams.score(logits[:rows], plan.sampling)  # sampling overwrites the logits
         sampled = self.sampler.sample(logits[:rows], plan.sampling, plan.offsets)
+        if beams:
+            sampled = sampled.with_beams(beams)
         if not plan.scored:
             return sampled
         targets = [
@@ -344,15 +387,13 @@ class Engine:
         sampling = plan.sampling
         self._record_scores(plan, sampled)
         for row in sampled.bad_rows():
-            self.scheduler.finish(
-                sampling[row],
-                FinishReason.ERROR,
-                error="no token can be sampled: the model's logits are not finite (check its "
-                "weights and dtype), or min_tokens and stop_token_ids exclude every token",
-            )
+            if plan.offsets is None or not plan.offsets[row]:  # a draft may come to nothing
+                why = explain(sampling[row]) or NO_TOKEN
+                self.scheduler.finish(sampling[row], FinishReason.ERROR, error=why)
         ended = Status.FINISHED
         news = [request for request in dict.fromkeys(sampling) if request.status is not ended]
         self._generation_tokens += self.scheduler.append_tokens(plan, sampled.token_ids)
+        self.scheduler.advance_beams(sampled.beams)
         for request, stop in self.outputs.process(sampling, sampled):
             if isinstance(stop, Exception):
                 text = f"the tokenizer cannot decode its tokens: {stop}"
@@ -361,6 +402,9 @@ class Engine:
                 self.scheduler.restate(request, stop)
             else:
                 self.scheduler.finish(request, FinishReason.STOP, stop_reason=stop)
+        for request, problem in ended_by_grammar(news):
+            reason = FinishReason.STOP if problem is None else FinishReason.ERROR
+            self.scheduler.finish(request, reason, error=problem)
         return news
 
     def _record_scores(self, plan: Plan, sampled: HostSampled) -> None:
@@ -382,6 +426,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Figures of this moment."""
         scheduler, memory = self.scheduler.stats(), self.memory.counters
+        drafts = self.scheduler.drafts
         graphs = self.runner.graph_stats
         return EngineStats(
             num_running=scheduler.running,
@@ -395,12 +440,17 @@ class Engine:
             prefix_cache_hits=memory.prefix_hits,
             requests_reopened=memory.reopened,
             requests_forked=memory.forked,
+            beams_moved=memory.beams_moved,
             requests_swapped_out=memory.swapped_out,
             requests_swapped_in=memory.swapped_in,
             swap_used_bytes=self.memory.swap.used_bytes,
             graphs_captured=graphs.captured,
             steps_by_graph=graphs.replayed,
             cache=self.cache.stats(),
+            spec_decode_num_drafts=drafts.drafts,
+            spec_decode_num_draft_tokens=drafts.draft_tokens,
+            spec_decode_num_accepted_tokens=drafts.accepted_tokens,
+            spec_decode_num_accepted_tokens_per_pos=tuple(drafts.accepted_per_position),
         )
 
     def check(self) -> None:
@@ -417,6 +467,7 @@ class Engine:
             if self._in_flight is not None:
                 self.scheduler.drop(self._in_flight.plan)
                 self._in_flight = None
+            self._masks.close()
             self.memory.close()
             self.cache.close()
 

@@ -16,16 +16,19 @@ whenever somebody needs them, and before anybody is preempted.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from vattn._core import DriverError, OutOfPages, PagesGone, Ticket
+from vattn.engine.gangs import is_lead
 from vattn.engine.scheduler import NeverFits
+from vattn.engine.speculation.proposer import Proposer
 from vattn.kv.cache import KVCache
 from vattn.kv.prefix import PrefixIndex, common
 from vattn.kv.swap import Saved, SwapSpace
+from vattn.outputs import KVUsage
 from vattn.request import FinishReason, Request, Status
 
 # Sharing less than this by a fork costs more calls than computing it again.
@@ -46,6 +49,7 @@ class MemoryCounters:
     forked: int = 0
     swapped_out: int = 0
     swapped_in: int = 0
+    beams_moved: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,10 @@ class MemoryManager:
         prefix_caching: finished sequences are kept, and new ones share what they can.
         swap: host memory for preempted sequences.
         scratch: set a slot apart, with one token, for the padding rows of captured graphs.
+
+    Attributes:
+        proposer: makes drafts, and may have pages beside the sequences; it gives them up before
+            anybody is put off or preempted. None for nobody.
     """
 
     def __init__(
@@ -75,6 +83,7 @@ class MemoryManager:
         self.swap = swap
         self.index = PrefixIndex()
         self.counters = MemoryCounters()
+        self.proposer: Proposer | None = None
         self._owners: dict[int, Request] = {}
         self._has_windows = any(spec.window for spec in cache.specs)
         self._fresh: list[Request] = []  # whose prompts are not computed yet
@@ -108,13 +117,13 @@ class MemoryManager:
         best = self._origin(request)
         if self._worth_waiting(request, best.tokens):
             return None
-        for origin in self._choices(best):
-            slot = self._try(request, origin, total)
-            if slot is not None:
-                break
-        else:
+        place = self._place(request, best, total)
+        while place is None and self._relieve(request, best, total):
+            place = self._place(request, best, total)
+        if place is None:
             self._check_ever_fits(request, total)
             return False
+        slot, origin = place
         self.index.remove(slot)
         self._owners[slot] = request
         self._fresh.append(request)
@@ -126,18 +135,41 @@ class MemoryManager:
             self.counters.prefix_hits += request.cached
         return True
 
-    def _choices(self, best: _Origin) -> list[_Origin]:
+    def _choices(self, request: Request, best: _Origin) -> list[_Origin]:
         """The best place to begin from, and those to take if it needs more pages than there are.
 
         A fork of a kept slot takes more than that slot has. Going on in its place takes less, and
-        beginning anew may take less still: what is kept then gives way to it.
+        beginning anew may take less still: what is kept then gives way to it. A beam takes least
+        where its lead is.
         """
         choices = [best]
+        if not is_lead(request) and best.slot != request.group.lead.slot:
+            score = self._usable(request.group.lead.slot, len(request.prompt_ids))
+            if score is not None:
+                choices.append(_Origin("fork", request.group.lead.slot, score[0]))
         if best.kind == "fork" and best.slot not in self._owners:
             choices.append(_Origin("reopen", best.slot, best.tokens))
         if best.kind != "fresh" and not self._owners:
             choices.append(_Origin("fresh"))  # nobody runs whose end could be waited for
         return choices
+
+    def _place(self, request: Request, best: _Origin, total: int) -> tuple[int, _Origin] | None:
+        """A slot for it, opened, and where its first tokens come from; None if it does not fit."""
+        for origin in self._choices(request, best):
+            slot = self._try(request, origin, total)
+            if slot is not None:
+                return slot, origin
+        return None
+
+    def _relieve(self, request: Request, best: _Origin, total: int) -> bool:
+        """Takes pages from drafts, if the request would fit when they had none."""
+        if self.proposer is None:
+            return False
+        try:
+            lacking = self._lacking(request, best, total)
+        except PagesGone:
+            lacking = self._lacking(request, _Origin("fresh"), total)
+        return 0 < lacking <= self.proposer.live_pages() and self.proposer.relieve()
 
     def _try(self, request: Request, origin: _Origin, total: int) -> int | None:
         """Opens a slot, if all of the request fits then."""
@@ -168,7 +200,10 @@ class MemoryManager:
         source = request.source
         if source is not None and source.slot >= 0:
             score = usable(source.slot, len(request.prompt_ids))
-            if score is not None and (found is None or score > found[1]):
+            beam = not is_lead(request)  # its pages had better be those of the others
+            if score is not None and (
+                found is None or score > found[1] or (beam and score[0] >= found[1][0])
+            ):
                 found = (source.slot, score)
         if found is None:
             return _Origin("fresh")
@@ -182,6 +217,8 @@ class MemoryManager:
         wait for it instead of doing the same.
         """
         if not self.prefix_caching or self._has_windows or request.prompt_logprobs is not None:
+            return False
+        if not is_lead(request):  # a beam: it has what its lead has
             return False
         for other in self._fresh:
             if other.slot < 0 or other.cache_salt != request.cache_salt:
@@ -215,6 +252,10 @@ class MemoryManager:
         )
 
     def _fits(self, request: Request, origin: _Origin, total: int) -> bool:
+        return self._lacking(request, origin, total) <= 0
+
+    def _lacking(self, request: Request, origin: _Origin, total: int) -> int:
+        """Pages that are missing for it; 0 or less if it fits."""
         needed = self.cache.admission_pages(
             total,
             source=None if origin.kind == "fresh" else origin.slot,
@@ -229,13 +270,15 @@ class MemoryManager:
                 available -= self.cache.pages_needed_many(
                     [r.slot for r in prefills], [min(len(r.tokens) + 1, r.limit) for r in prefills]
                 )
-            available -= int(WATERMARK * self._budget_pages())
-        return needed <= available
+            if is_lead(request):
+                available -= int(WATERMARK * self._budget_pages())
+        return needed - available
 
     def _budget_pages(self) -> int:
         """Pages that sequences may have in all."""
         stats = self.cache.pool.core.stats()
-        return max(0, stats["budget_bytes"] // stats["page_bytes"] - self.scratch_pages)
+        fixed = self.scratch_pages + (self.proposer.fixed_pages if self.proposer else 0)
+        return max(0, stats["budget_bytes"] // stats["page_bytes"] - fixed)
 
     def _check_ever_fits(self, request: Request, total: int) -> None:
         needed, budget = self.cache.admission_pages(total), self._budget_pages()
@@ -309,14 +352,42 @@ class MemoryManager:
     def grow(self, slots: list[int], tokens: list[int]) -> bool:
         """Maps what the step will write: all of it, or nothing and False if pages are short."""
         try:
-            self.cache.ensure_many(np.array(slots, np.int32), np.array(tokens, np.int32))
-        except OutOfPages:
-            self._trouble = None
-            return False
+            while not self._ensure(slots, tokens):
+                if self.proposer is None or not self.proposer.relieve():
+                    self._trouble = None
+                    return False
         except DriverError as error:
             if error.fatal:
                 raise
             self._trouble = error  # undone; with fewer sequences it may do, and if not, one is left
+            return False
+        self._trouble = None
+        return True
+
+    def _ensure(self, slots: list[int], tokens: list[int]) -> bool:
+        try:
+            self.cache.ensure_many(np.array(slots, np.int32), np.array(tokens, np.int32))
+        except OutOfPages:
+            return False
+        return True
+
+    def reorder(self, slots: list[int], sources: list[int]) -> bool:
+        """Makes each slot what its source was; nothing and False if pages are short."""
+        try:
+            while not self._assign(slots, sources):
+                if self.proposer is None or not self.proposer.relieve():
+                    return False
+        except DriverError as error:
+            if error.fatal:
+                raise
+            return False  # undone; who cannot be moved is computed again elsewhere
+        self.counters.beams_moved += len(slots)
+        return True
+
+    def _assign(self, slots: list[int], sources: list[int]) -> bool:
+        try:
+            self.cache.assign(np.array(slots, np.int32), np.array(sources, np.int32))
+        except OutOfPages:
             return False
         return True
 
@@ -350,9 +421,22 @@ class MemoryManager:
             if request.computed < len(request.prompt_ids):
                 pending.append(request)
             if self.prefix_caching:
-                tokens = request.tokens[: request.computed]
+                # A beam's slot may hold what another one goes on with, after the prompt.
+                known = request.tokens if request.group is None else request.prompt_ids
+                tokens = known[: request.computed]
                 self.index.insert(request.slot, tokens, request.cache_salt)
         self._fresh = pending
+
+    def usage(self, request: Request) -> KVUsage:
+        """What a request has of the cache now or, if it has ended, had at its end.
+
+        What was copied into slots that it lost by preemption is part of it.
+        """
+        before = request.kv or KVUsage()
+        if request.slot < 0:
+            return before
+        now = self.cache.usage(request.slot)
+        return replace(now, copied_bytes=now.copied_bytes + before.copied_bytes)
 
     def release(self, request: Request) -> None:
         """A request has ended: its slot is free, and kept if what it holds is sound."""
@@ -363,11 +447,26 @@ class MemoryManager:
             self._let_go(request, keep=request.finish_reason is not FinishReason.ERROR)
 
     def preempt(self, request: Request) -> None:
-        """A request gives way: it begins again later, from what is then left of it."""
-        if request.saved is None and request.status is Status.RUNNING:
+        """A request gives way: it begins again later, from what is then left of it.
+
+        Beams are not swapped out, since they would come back without the pages that they share.
+        """
+        swaps = request.saved is None and request.group is None
+        if swaps and request.status is Status.RUNNING:
             self._cut(request)
             self._save(request)
         self._let_go(request, keep=True)
+        assert request.kv is not None, request
+        request.kv = KVUsage(copied_bytes=request.kv.copied_bytes)  # all that it still has
+
+    def cut(self, request: Request, *, spoiled: bool = False) -> None:
+        """See :class:`vattn.engine.policy.Memory`."""
+        if spoiled:  # kernels read whole tiles, and multiply by zero what they mask
+            known, length = request.computed, self.cache.tokens(request.slot)
+            for layer in range(len(self.cache.specs)):
+                for tensor in self.cache.layer(layer):
+                    tensor[request.slot, known:length] = 0
+        self._cut(request)
 
     def _cut(self, request: Request) -> None:
         """Takes back what was mapped for a step that the request is not part of."""
@@ -375,10 +474,13 @@ class MemoryManager:
             self.cache.truncate(request.slot, request.computed)
 
     def _let_go(self, request: Request, *, keep: bool) -> None:
+        if self.proposer is not None:
+            self.proposer.let_go(request)
         slot = request.slot
         # A token that is still in flight could not be found again.
         request.computed = tokens = min(request.computed, len(request.tokens))
         self._cut(request)
+        request.kv = self.usage(request)
         if not keep:
             self.cache.mark_dirty(slot)
         keep = keep and self.prefix_caching and tokens > 0
@@ -396,29 +498,46 @@ class MemoryManager:
 
         Other users of the pool may be those who hold too much: then it is for them to give way.
         """
-        stats = self.cache.pool.core.stats()
-        if stats["created_bytes"] <= stats["budget_bytes"]:
-            return False
-        return self._others_bytes() == 0
+        while (stats := self.cache.pool.core.stats())["created_bytes"] > stats["budget_bytes"]:
+            if self.proposer is None or not self.proposer.relieve():
+                return self._others_bytes() == 0
+        return False
 
     def _others_bytes(self) -> int:
         """What other users of the pool hold of it."""
         own, pool = self.cache.stats(), self.cache.pool.stats()
         ours = own.live_bytes + own.cover_bytes + own.stale_bytes + own.scratch_bytes
+        if self.proposer is not None:
+            ours += self.proposer.held_bytes()
         return max(0, pool.used_bytes - ours)
 
     def shortage(self, request: Request) -> str | None:
         """Why a request that is alone cannot go on; None if others hold what it lacks."""
         if self._trouble is not None:
             return f"the driver failed: {self._trouble}"
-        needed = self.cache.admission_pages(min(len(request.tokens) + 1, request.limit))
+        total = min(len(request.tokens) + 1, request.limit)
+        needed, whose, remedy = self.cache.admission_pages(total), "its", "lower max_tokens"
+        if request.group is not None and request.group.started:
+            needed += self._beam_pages(request, total)
+            whose = f"{request.group.width} beams of"
+            remedy = "lower beam_width or max_tokens"
         if needed <= self._budget_pages() and self._others_bytes() > 0:
             return None
         return (
-            f"out of pages: its {len(request.tokens)} tokens need {needed} pages of "
+            f"out of pages: {whose} {len(request.tokens)} tokens need {needed} pages of "
             f"{self.cache.pool.page_bytes} bytes, and the budget of the KV cache is "
-            f"{self._budget_pages()} pages; raise the budget, or lower max_tokens"
+            f"{self._budget_pages()} pages; raise the budget, or {remedy}"
         )
+
+    def _beam_pages(self, lead: Request, total: int) -> int:
+        """What the other beams of a group need beside those of its lead, which has a slot."""
+        score = self._usable(lead.slot, len(lead.prompt_ids))
+        each = self.cache.admission_pages(
+            total,
+            source=None if score is None else lead.slot,
+            shared_tokens=0 if score is None else score[0],
+        )
+        return int(lead.group.width - 1) * each
 
     def set_budget(self, budget_bytes: int | str) -> None:
         """Moves the budget while running; kept prefixes go first, then requests are preempted."""
@@ -434,10 +553,15 @@ class MemoryManager:
                 with contextlib.suppress(DriverError):  # the others are given back all the same
                     self.cache.mark_dirty(slot)
                     self.cache.release(slot)
+        if self.proposer is not None:
+            self.proposer.lose_all()
         self.cache.trim()
 
     def close(self) -> None:
         """Ends the use of the scratch slot; steps that were launched may still write to it."""
+        if self.proposer is not None:
+            self.proposer.close()
+            self.proposer = None
         if self.scratch_slot is not None and self.cache.is_open(self.scratch_slot):
             self.cache.release(self.scratch_slot)
         self.scratch_slot, self.scratch_pages = None, 0
@@ -458,6 +582,8 @@ class MemoryManager:
         self.cache.check()
         self.index.check()
         self.swap.check()
+        if self.proposer is not None:
+            self.proposer.check()
         open_slots = self.cache.stats().open_slots
         scratch = self.scratch_slot is not None
         assert open_slots == len(self._owners) + scratch, (open_slots, self._owners)

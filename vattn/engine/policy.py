@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Protocol
 
+from vattn.outputs import KVUsage
 from vattn.request import Request
 
 by_slot = attrgetter("slot")
@@ -42,6 +43,21 @@ class Memory(Protocol):
         """
         ...
 
+    def cut(self, request: Request, *, spoiled: bool = False) -> None:
+        """Shortens what the slot holds to the ``computed`` tokens of a running request.
+
+        What lies beyond are drafts that were guessed wrong, or that a step has no pages for.
+        ``spoiled``: their K and V may be no numbers.
+        """
+        ...
+
+    def reorder(self, slots: list[int], sources: list[int]) -> bool:
+        """Makes each slot what its source was before the call; False if pages are short.
+
+        Each holds as many tokens as its source. Who owns a slot does not change; its tokens do.
+        """
+        ...
+
     def preempt(self, request: Request) -> None:
         """Takes the slot away: swaps out to ``saved``, or drops what can be computed again.
 
@@ -56,6 +72,10 @@ class Memory(Protocol):
         """
         ...
 
+    def usage(self, request: Request) -> KVUsage:
+        """What a request has of the cache now or, if it has ended, had at its end."""
+        ...
+
     def over_budget(self) -> bool:
         """Whether more pages are live than a budget that was lowered since allows."""
         ...
@@ -66,6 +86,8 @@ class Memory(Protocol):
 
     def shortage(self, request: Request) -> str | None:
         """Why ``request`` cannot go on, though it is alone: its pages and the budget, in words.
+
+        One that leads a group of beams stands for all of them.
 
         None if somebody outside of this scheduler holds what it lacks, so that it may wait.
         """
