@@ -304,8 +304,7 @@ def test_its_pages_are_nobody_elses() -> None:
 
 
 def test_closing_gives_everything_back() -> None:
-    # Work of the mapper that is not done holds the cache that it is for.
-    llm = drafting("llama", blurred("llama"), prepare_ahead=False)
+    llm = drafting("llama", blurred("llama"))
     for number, prompt in enumerate(prompts_of(4, 50)):
         llm.engine.add(llm.engine.make_requests(str(number), prompt, greedy(30))[0])
     with one_thread():

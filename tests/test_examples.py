@@ -9,7 +9,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["generate.py", "growing_embedding.py", "own_kernel.py"])
+@pytest.mark.parametrize(
+    "name", ["decoding.py", "generate.py", "growing_embedding.py", "own_kernel.py"]
+)
 def test_example(name: str) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / name)],

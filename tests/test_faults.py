@@ -72,7 +72,9 @@ class Script:
             return None
         cache = self.seqs.cache
         lengths = {slot: cache.tokens(slot) for slot in self.seqs.writers}
-        return lengths, cache.stats().open_slots, cache.pool.stats().budget_bytes
+        # A page that was copied before the failure stays its sequence's own, so not what is shared.
+        pages = [usage.pages for usage in cache.usage_many(list(lengths))]
+        return lengths, pages, cache.stats().open_slots, cache.pool.stats().budget_bytes
 
     def grow(self, slot: int, tokens: int, stream: int = 0) -> None:
         seqs = self.seqs

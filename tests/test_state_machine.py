@@ -3,7 +3,8 @@
 On the fake, sequences live on two streams that finish their work as late as they may, and a kernel
 over every open sequence is still running when the next operation begins: what the cache unmaps or
 reuses too early lands in the fake's log of violations. Free slots may keep what they held, and
-sequences may go to host memory and come back: the record says what must be there again.
+sequences may go to host memory and come back: the record says what must be there again. A second
+record says which pages each sequence shares, and what was copied into it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from tests.helpers import (
     make_pool,
 )
 from tests.kept import KeptSequences
+from tests.kv_usage import UsageRecord
 from vattn import OutOfPages, OutOfSlots, PagesGone
 
 if TYPE_CHECKING:
@@ -95,6 +97,7 @@ class CacheMachine(RuleBasedStateMachine):
             )
         )
         self.cache = self.seqs.cache
+        self.usage = UsageRecord(self.cache)
 
     # Helpers ------------------------------------------------------------------------------------
 
@@ -139,12 +142,24 @@ class CacheMachine(RuleBasedStateMachine):
         slot = slots[index % len(slots)]
         return slot, *self.cache.kept(slot)
 
+    def begin(self, origin: Origin, slot: int, shared: int, stream: int) -> int:
+        """A sequence that goes on from what a slot keeps; what is shared is seen at once."""
+        if origin == "reopen":
+            self.usage.opened(self.seqs.reopen(slot, shared))
+            child = slot
+        else:
+            child = self.seqs.fork(slot, shared, stream=stream)
+            self.usage.forked(child)
+        self.usage.observe(self.seqs.writers)
+        return child
+
     # Rules --------------------------------------------------------------------------------------
 
     def open(self, slot: int | None, expected: int) -> None:
         def act() -> None:
             index = self.seqs.open(slot, expected)
             self.stream_of[index] = self.streams[index % 2]
+            self.usage.opened(index)
 
         self.attempt(act)
 
@@ -162,7 +177,8 @@ class CacheMachine(RuleBasedStateMachine):
         """Ensures on the sequence's stream; the CPU writes when the device is done."""
         stream = self.stream_of[slot]
         most = self.pages(slot, length)
-        self.attempt(lambda: self.cache.ensure(slot, length, stream=stream), most)
+        with self.usage.growing([slot]):
+            self.attempt(lambda: self.cache.ensure(slot, length, stream=stream), most)
         self.finish_work()
         self.seqs.write(slot)
 
@@ -187,10 +203,11 @@ class CacheMachine(RuleBasedStateMachine):
         ]
         self.finish_work()  # sequences of two streams meet on one
         before = [self.cache.tokens(slot) for slot in slots]
-        self.attempt(
-            lambda: self.cache.ensure_many(slots, lengths, stream=self.streams[0]),
-            self.cache.pages_needed_many(slots, lengths),
-        )
+        with self.usage.growing(slots):
+            self.attempt(
+                lambda: self.cache.ensure_many(slots, lengths, stream=self.streams[0]),
+                self.cache.pages_needed_many(slots, lengths),
+            )
         self.finish_work()
         after = [self.cache.tokens(slot) for slot in slots]
         assert after in (before, lengths)
@@ -215,6 +232,7 @@ class CacheMachine(RuleBasedStateMachine):
         child = self.attempt(lambda: self.seqs.fork(source, length, stream=stream))
         if child is not None:
             self.stream_of[child] = stream
+            self.usage.forked(child)
 
     @precondition(has_open)
     @rule(index=pick, length=tokens)
@@ -244,6 +262,7 @@ class CacheMachine(RuleBasedStateMachine):
             was = {slot: list(writers) for slot, writers in self.seqs.writers.items()}
             for destination, origin in pairs:
                 self.seqs.writers[destination] = list(was[origin])
+            self.usage.assigned(pairs)
 
         self.attempt(act)
 
@@ -266,19 +285,16 @@ class CacheMachine(RuleBasedStateMachine):
             length, source=slot, shared_tokens=shared, in_place=in_place
         )
 
-        def act() -> int:
-            if in_place:
-                return self.seqs.reopen(slot, shared)
-            return self.seqs.fork(slot, shared, stream=stream)
-
-        child = self.attempt(act, need, slot)
+        origin: Origin = "reopen" if in_place else "fork"
+        child = self.attempt(lambda: self.begin(origin, slot, shared, stream), need, slot)
         if child is None:
             return
         self.stream_of[child] = stream
         if not in_place:  # all that the source may have lost is its end
             now = self.cache.kept(slot)
             assert now == (lowest, kept) or (now[0] == lowest and shared <= now[1] < kept)
-        self.attempt(lambda: self.cache.ensure(child, length, stream=stream), need)
+        with self.usage.growing([child]):
+            self.attempt(lambda: self.cache.ensure(child, length, stream=stream), need)
         self.finish_work()
         self.seqs.write(child)
 
@@ -334,11 +350,11 @@ class CacheMachine(RuleBasedStateMachine):
         def act() -> int:
             if origin == "fresh":
                 return self.seqs.open(expected_tokens=total)
-            if origin == "reopen":
-                return self.seqs.reopen(saved.slot, shared)
-            return self.seqs.fork(saved.slot, shared, stream=stream)
+            return self.begin(origin, saved.slot, shared, stream)
 
         slot = self.attempt(act, need, -1 if origin == "fresh" else saved.slot)
+        if origin == "fresh" and slot is not None:
+            self.usage.opened(slot)
         if slot is None:
             return
         self.stream_of[slot] = stream
@@ -347,7 +363,9 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.restore(slot, total, saved.anchor, saved.buffer, shared, stream=stream)
             return True
 
-        if self.attempt(restore, need):
+        with self.usage.growing([slot], shared):
+            restored = self.attempt(restore, need)
+        if restored:
             self.finish_work()
             self.seqs.writers[slot] = saved.writers
             assert self.cache.anchor(slot) >= saved.anchor
@@ -378,6 +396,7 @@ class CacheMachine(RuleBasedStateMachine):
             return
         self.finish_work()
         self.seqs.check()
+        self.usage.check(self.seqs.writers)
         stats = self.cache.stats()
         assert stats.live_bytes + stats.cover_bytes + stats.stale_bytes + stats.scratch_bytes == (
             self.pool.stats().used_bytes
@@ -400,7 +419,7 @@ class CacheMachine(RuleBasedStateMachine):
         for stream in self.streams:
             self.driver.synchronize(stream)
             self.driver.destroy_stream(stream)
-        del self.seqs, self.cache, self.pool, self.driver
+        del self.seqs, self.usage, self.cache, self.pool, self.driver
         if self.fake:
             violations = self.fake.violations()
             if leaks := self.fake.leaks():  # a collection for every example would take all the time

@@ -47,7 +47,8 @@ class KVUsage:
 class CompletionOutput:
     """One sample, so far or whole. ``text`` is empty without a tokenizer.
 
-    ``cumulative_logprob`` is the sum over its tokens, if log probabilities were asked for.
+    ``cumulative_logprob`` is the sum over its tokens, if log probabilities were asked for. ``kv``
+    is what it had of the KV cache when it ended; None before, and if it never began.
     """
 
     index: int
@@ -58,7 +59,7 @@ class CompletionOutput:
     stop_reason: int | str | None
     error: str | None = None
     cumulative_logprob: float | None = None
-    kv: KVUsage = field(default_factory=KVUsage)
+    kv: KVUsage | None = None
 
 
 @dataclass(frozen=True)

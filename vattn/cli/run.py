@@ -48,7 +48,7 @@ class Output:
         self.token_ids += new.token_ids
         self.finish_reason, self.stop_reason = new.finish_reason, new.stop_reason
         self.error = new.error
-        self.cumulative_logprob, self.kv = new.cumulative_logprob, new.kv
+        self.cumulative_logprob, self.kv = new.cumulative_logprob, new.kv or KVUsage()
         if new.logprobs is not None:
             self.logprobs = (self.logprobs or []) + new.logprobs
 

@@ -399,6 +399,13 @@ class MemoryManager:
                 self.cache.prepare(np.array(slots, np.int32), np.array(tokens, np.int32))
             )
 
+    def _wait_for_tickets(self) -> None:
+        """What is mapped in the background would use pages that nobody owns any more."""
+        for ticket in self._tickets:
+            with contextlib.suppress(OutOfPages, DriverError):  # nobody needs it now
+                ticket.wait()
+        self._tickets = []
+
     def _drop_tickets(self) -> None:
         """Lets go of finished work. What it could not do, :meth:`grow` does or reports."""
         while self._tickets and self._tickets[0].done():
@@ -559,6 +566,7 @@ class MemoryManager:
 
     def close(self) -> None:
         """Ends the use of the scratch slot; steps that were launched may still write to it."""
+        self._wait_for_tickets()
         if self.proposer is not None:
             self.proposer.close()
             self.proposer = None

@@ -7,12 +7,12 @@ anything per step.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vattn.engine.detokenizer import Detokenizer, TextSource
 from vattn.engine.sampled import HostSampled
-from vattn.outputs import CompletionOutput, KVUsage, Logprob, RequestOutput, Timings
+from vattn.outputs import CompletionOutput, Logprob, RequestOutput, Timings
 from vattn.request import FinishReason, Request
 from vattn.sampling_params import RequestOutputKind
 
@@ -39,14 +39,10 @@ class OutputProcessor:
 
     Args:
         tokenizer: None for token ids only.
-        usage: what a request has of the KV cache; None to tell only what it had at its end.
     """
 
-    def __init__(
-        self, tokenizer: Any = None, usage: Callable[[Request], KVUsage] | None = None
-    ) -> None:
+    def __init__(self, tokenizer: Any = None) -> None:
         self.tokenizer = tokenizer
-        self._usage = usage
         self._source = None if tokenizer is None else TextSource(tokenizer)
         self._watched: set[Request] = set()  # those that need a look in each step
 
@@ -171,7 +167,7 @@ class OutputProcessor:
             stop_reason=request.stop_reason,
             error=error,
             cumulative_logprob=None if logprobs is None else state.cumulative,
-            kv=self._kv(request),
+            kv=request.kv if request.finished else None,
         )
 
     def request_output(
@@ -255,11 +251,6 @@ class OutputProcessor:
         for entry in entries:
             for token, logprob in entry.items():
                 logprob.decoded_token = name(token)
-
-    def _kv(self, request: Request) -> KVUsage:
-        if self._usage is not None:
-            return self._usage(request)
-        return request.kv or KVUsage()
 
     def check(self) -> None:
         """Verifies that what was told is no more than there is."""

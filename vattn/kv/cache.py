@@ -23,6 +23,7 @@ from vattn.kv.pool import (
 )
 from vattn.kv.report import CacheStats, MemoryMap, SlotMap
 from vattn.kv.slots import LengthList, Slot, SlotLike, SlotList, token_count
+from vattn.outputs import KVUsage
 
 # Tiles of the FlashAttention kernels in use on a GPU, by head size and dtype. SDPA on a CPU reads
 # exactly what it is given.
@@ -347,6 +348,18 @@ class KVCache(KeptSlots):
     def pages_needed(self, slot: SlotLike, tokens: int) -> int:
         """Pages that ``ensure(slot, tokens)`` would have to find; see :meth:`pages_needed_many`."""
         return self._slots.pages_needed(self._index(slot), tokens)
+
+    def usage(self, slot: SlotLike) -> KVUsage:
+        """What an open sequence has of the cache, shared and copied pages among it.
+
+        Raises:
+            ValueError: it is not open.
+        """
+        return self.usage_many([slot])[0]
+
+    def usage_many(self, slots: SlotList) -> list[KVUsage]:
+        """:meth:`usage` of many sequences at one moment, in their order."""
+        return [KVUsage(*row) for row in self._slots.usage(self._slot_array(slots)).tolist()]
 
     def stats(self) -> CacheStats:
         """Figures of this moment."""

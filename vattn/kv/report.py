@@ -27,8 +27,11 @@ class CacheStats:
     ``live``: at least one token of an open sequence is in it. ``cover``: mapped beyond the last
     token, for kernels that read whole tiles or for growth that was prepared. ``stale``: still
     mapped in a slot that does not use it; of it ``kept``: with content that a free slot remembers.
-    ``pooled``: free in the pool, which caches may share.
+    ``pooled``: free in the pool, which caches may share. ``shared``: of ``live``, with tokens of
+    two or more open sequences now.
     ``token_bytes``: K and V of all live tokens; with shared prefixes it can exceed ``live_bytes``.
+    ``copied_bytes``: since the start, by forks, reorders (what they stage included), writes to
+    shared pages, and sequences that went to host memory and came back.
     """
 
     open_slots: int
