@@ -187,7 +187,7 @@ def test_draws_at_drafts_are_those_of_the_steps_that_they_save() -> None:
         ({"min_p": 0.1}, MinPLogitsWarper(0.1)),
         ({"min_p": 0.7}, MinPLogitsWarper(0.7)),
     ],
-    ids=str,
+    ids=["top_k", "large_top_k", "top_p", "large_top_p", "min_p", "large_min_p"],
 )
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
 def test_filters_and_temperature_are_transformers(

@@ -65,7 +65,7 @@ CSRC_LAYERS = (
 CONCRETE_DRIVERS = {"cuda_api", "cuda_driver", "host_driver"}
 
 MAX_FILE_BYTES = 4_200_000
-MAX_TREE_BYTES = 8_000_000
+MAX_TREE_BYTES = 8 << 20
 SOURCE_SUFFIXES = {".cpp", ".h", ".py", ".pyi", ".toml", ".yaml", ".yml"}
 SOURCE_NAMES = {"CMakeLists.txt", "Makefile", "run"}
 
