@@ -116,6 +116,20 @@ py::array_t<std::int32_t> kept_lengths(SlotSpace& space) {
   return out;
 }
 
+// One row per slot: pages, shared pages, copied bytes.
+py::array_t<std::int64_t> usage(SlotSpace& space, const Int32Array& slots) {
+  const std::vector<std::int32_t> list = values_of(slots);
+  const std::vector<SlotUsage> usages = without_gil([&] { return space.usage(list); });
+  py::array_t<std::int64_t> out({usages.size(), std::size_t{3}});
+  std::int64_t* data = out.mutable_data();
+  for (const SlotUsage& u : usages) {
+    *data++ = static_cast<std::int64_t>(u.pages);
+    *data++ = static_cast<std::int64_t>(u.shared_pages);
+    *data++ = static_cast<std::int64_t>(u.copied_bytes);
+  }
+  return out;
+}
+
 void bind_kept(py::class_<SlotSpace, std::shared_ptr<SlotSpace>>& space) {
   space
       .def(
@@ -205,6 +219,7 @@ void bind_space(py::module_& module) {
       .def("pages_needed", &SlotSpace::pages_needed, py::arg("slot"), py::arg("tokens"), NoGil())
       .def("first_token", &SlotSpace::first_token, py::arg("slot"), py::arg("region"), NoGil())
       .def("stats", &space_stats)
+      .def("usage", &usage, py::arg("slots").noconvert())
       .def(
           "page_states",
           [](SlotSpace& space, std::uint32_t slot, std::uint32_t region) {

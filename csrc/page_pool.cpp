@@ -187,11 +187,19 @@ void PagePool::add_live(PageId id) noexcept {
 }
 
 void PagePool::drop_live(PageId id) noexcept {
-  if (--at(id).live == 0) {
+  Page& page = at(id);
+  if (--page.live == 0) {
+    page.was_shared = page.was_shared && page.pins > 0;  // an operation may have plans with it
     ++stale_;
     publish();
   }
   kept_once_changes_ += kept_once(id);
+}
+
+void PagePool::unpin(PageId id) noexcept {
+  Page& page = at(id);
+  --page.pins;
+  page.was_shared = page.was_shared && (page.pins > 0 || page.live > 0);
 }
 
 void PagePool::drop_kept(PageId id) noexcept {
@@ -374,6 +382,8 @@ void PagePool::check(const DeviceLock&) const {
     require(free_.contains(id) == (page.exists && page.refs == 0), "free list is wrong", id);
     require(page.live + page.kept <= page.refs, "more uses than references", id);
     require(page.pins == 0, "pinned between operations", id);
+    require(page.live > 0 || !page.was_shared, "shared, and used by nobody", id);
+    require(page.live < 2 || page.was_shared, "used by several, and not known as shared", id);
     exist += page.exists;
     free += page.exists && page.refs == 0;
     stale += page.exists && page.refs > 0 && page.live == 0;

@@ -149,7 +149,7 @@ class PagePool {
   void add_ref(PageId id) noexcept { ++at(id).refs; }
   void drop_ref(PageId id) noexcept;
   void pin(PageId id) noexcept { ++at(id).pins; }
-  void unpin(PageId id) noexcept { --at(id).pins; }
+  void unpin(PageId id) noexcept;
   // Whether a stale mapping of the page may be taken away in the hope of freeing it.
   bool reclaimable(PageId id) const noexcept { return users(id) == 0 && pages_[id].pins == 0; }
   void add_live(PageId id) noexcept;
@@ -159,6 +159,13 @@ class PagePool {
   std::uint32_t refs(PageId id) const noexcept { return pages_[id].refs; }
   std::uint32_t live(PageId id) const noexcept { return pages_[id].live; }
   std::uint32_t kept(PageId id) const noexcept { return pages_[id].kept; }
+  // Declares that the page has two or more live uses. That is remembered until it has none: whoever
+  // uses it now has used it together with somebody, who may have ended since.
+  void mark_shared(PageId id) noexcept { at(id).was_shared = true; }
+  // Declares that what its only user had in it is gone, and with it what it had in common with
+  // others.
+  void mark_own(PageId id) noexcept { at(id).was_shared = false; }
+  bool was_shared(PageId id) const noexcept { return pages_[id].was_shared; }
   // Who must not see the page change: one that is about to write it and has more copies it first.
   std::uint32_t users(PageId id) const noexcept { return pages_[id].live + pages_[id].kept; }
   // Whether giving the page up would free it: one slot keeps it, and nobody uses it.
@@ -211,6 +218,7 @@ class PagePool {
     std::uint32_t pins = 0;
     Content content = Content::kDirty;
     bool exists = false;
+    bool was_shared = false;
   };
 
   Page& at(PageId id) noexcept { return pages_[id]; }

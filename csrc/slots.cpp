@@ -317,6 +317,7 @@ void SlotSpace::release(std::uint32_t slot, Stream stream, bool keep) {
   s.open = false;
   s.was_kept = keep;
   s.anchor = s.tokens = s.ready = 0;
+  s.copied_bytes = 0;
   s.released_at = ++clock_;
   try {
     if (!keep_stale_) drop_stale(slot, SIZE_MAX, Stale::kAll);

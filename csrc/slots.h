@@ -44,6 +44,19 @@ struct SpaceStats {
   std::uint64_t evicted_tokens = 0;  // kept, and lost to somebody who needed the pages or the slot
 };
 
+// What an open slot has of the cache.
+struct SlotUsage {
+  std::size_t pages = 0;  // with its tokens, shared ones included
+  // Of these, those that another open slot uses too, or did while this one used them already. So it
+  // does not matter in which order sequences with pages in common end. What only free slots keep is
+  // not shared.
+  std::size_t shared_pages = 0;
+  // Copied into it since it was opened, because it goes on from what another slot holds too:
+  // partial tails in fork() and assign(), the beginning of a shared page before it is written. What
+  // copy_in() brings back from host memory does not count.
+  std::uint64_t copied_bytes = 0;
+};
+
 enum class PageState : std::uint8_t { kUnmapped, kLive, kShared, kCover, kStale, kKept };
 
 // The lengths that a kept slot can be reopened at or forked from; {0, 0} if it keeps nothing.
@@ -170,6 +183,8 @@ class SlotSpace final : public Reclaimer {
   // First token of `region` that the slot still holds.
   std::size_t first_token(std::uint32_t slot, std::uint32_t region);
   SpaceStats stats();
+  // Of each of these open slots, in one pass over its pages.
+  std::vector<SlotUsage> usage(std::span<const std::int32_t> slots);
   // State of each page of a slot's stretch, runs x pages_per_run.
   std::vector<PageState> page_states(std::uint32_t slot, std::uint32_t region);
   std::vector<PageId> page_ids(std::uint32_t slot, std::uint32_t region);
@@ -190,8 +205,9 @@ class SlotSpace final : public Reclaimer {
     std::uint32_t generation = 0;
     bool open = false;
     std::uint64_t released_at = 0;
-    std::uint64_t step = 0;        // the latest ensure() that made it longer
-    std::shared_ptr<Fence> fence;  // after it, nobody uses the slot's stale pages
+    std::uint64_t step = 0;          // the latest ensure() that made it longer
+    std::uint64_t copied_bytes = 0;  // as of SlotUsage; 0 when it is free
+    std::shared_ptr<Fence> fence;    // after it, nobody uses the slot's stale pages
     Kept kept;
     bool dirty = false;  // may have mappings of pages with non-finite values, stale ones included
     bool was_kept = false;       // when it was released; it may have lost everything since
@@ -210,7 +226,7 @@ class SlotSpace final : public Reclaimer {
     std::size_t anchor, tokens;  // of `from`
     Windows before, after;       // of `to`
     bool dirty;                  // the partial tails of `from` may hold non-finite values
-    Address staged;              // the partial tails of `to`, by region and run
+    Address staged;  // the partial tails of `to`, by region and run, if somebody wants them; or 0
   };
 
   DeviceLock enter();  // the device lock, if the cache is sound and the process the right one
@@ -280,6 +296,10 @@ class SlotSpace final : public Reclaimer {
   std::size_t tail_bytes(const Region& region, std::size_t tokens) const noexcept;
   std::uint32_t held_pages(const Region& region, std::size_t tokens) const noexcept;
   void copy(Address dst, Address src, std::size_t bytes, Stream stream);
+  SlotUsage usage_of(std::uint32_t slot) const;
+  std::size_t tails_bytes(std::size_t tokens) const;
+  void mark_shared(std::uint32_t slot);
+  void mark_own(std::uint32_t slot, std::size_t tokens, bool tails);
 
   bool tails_dirty(std::uint32_t slot, std::size_t tokens) const;
   void mark_tails_dirty(std::uint32_t slot, std::size_t tokens);
@@ -308,9 +328,9 @@ class SlotSpace final : public Reclaimer {
   void share_sources(const std::vector<Move>& moves, PagePins& pins,
                      std::unordered_set<PageId>& aliased) const;
   std::vector<Need> find_move_needs(const Move& move, const std::unordered_set<PageId>& aliased);
-  void remap_moves(const std::vector<Move>& moves, bool& copied, Stream stream, DeviceLock& lock);
+  void remap_moves(const std::vector<Move>& moves, PagePins& pins, Stream stream, DeviceLock& lock);
   void copy_tails(const std::vector<Move>& moves, Stream stream);
-  void restore_tails(const std::vector<Move>& moves, Stream stream) noexcept;
+  std::shared_ptr<Fence> fence_moves(Stream stream);
   template <typename Visit>
   void for_tails(std::size_t tokens, Visit visit) const;
 

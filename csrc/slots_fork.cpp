@@ -22,6 +22,13 @@ std::uint32_t SlotSpace::held_pages(const Region& region, std::size_t tokens) co
                                     (tail_bytes(region, tokens) > 0 ? 1 : 0));
 }
 
+// Bytes of the partial tails of all runs.
+std::size_t SlotSpace::tails_bytes(std::size_t tokens) const {
+  std::size_t total = 0;
+  for_tails(tokens, [&](const Region&, std::uint32_t, std::size_t bytes) { total += bytes; });
+  return total;
+}
+
 // What a partial tail holds, its copy holds too.
 bool SlotSpace::tails_dirty(std::uint32_t slot, std::size_t tokens) const {
   bool dirty = false;
@@ -114,6 +121,8 @@ std::uint32_t SlotSpace::fork(std::uint32_t source, std::size_t tokens, Stream s
   child.anchor = anchor;
   child.tokens = tokens;
   child.ready = std::max(tokens, ready_of(slot));
+  child.copied_bytes = tails_bytes(tokens);
+  mark_shared(slot);
   return slot;
 }
 

@@ -210,6 +210,7 @@ bool SlotSpace::map_windows(std::uint32_t slot, const Windows& wanted, std::size
     set_windows(slot, before);
     throw;
   }
+  mark_own(slot, written, false);
   return true;
 }
 
@@ -246,6 +247,7 @@ void SlotSpace::map_needs(std::uint32_t slot, std::span<const Need> needs, bool 
     }
   }
   remap.commit();
+  for (const Need& need : needs) slots_[slot].copied_bytes += need.copy_bytes;
   for (const Need* need : dirty) {
     pool_->set_content(need->region->at(slot, need->index), Content::kDirty);
   }

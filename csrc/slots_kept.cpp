@@ -96,6 +96,7 @@ void SlotSpace::reopen(std::uint32_t slot, std::size_t tokens) {
   ++s.generation;
   s.anchor = anchor;
   s.tokens = tokens;
+  mark_shared(slot);
 }
 
 void SlotSpace::forget(std::uint32_t slot) {

@@ -44,8 +44,8 @@ void Scratch::clear() {
 // Reorder ----------------------------------------------------------------------------------------
 //
 // Partial tails are overwritten in place, since remapping one page per run would cost far more than
-// copying half of one. All tails that will be overwritten are staged first: a row may be source and
-// destination at once, and a failure later must be able to put them back.
+// copying half of one. Those of a row that is source and destination at once are staged first; the
+// others are gone with the first copy, so from there on a reorder goes forward and not back.
 
 std::vector<SlotSpace::Move> SlotSpace::plan_moves(std::span<const std::int32_t> destinations,
                                                    std::span<const std::int32_t> sources) {
@@ -73,16 +73,18 @@ std::vector<SlotSpace::Move> SlotSpace::plan_moves(std::span<const std::int32_t>
 }
 
 void SlotSpace::stage_tails(std::vector<Move>& moves, Stream stream, DeviceLock& lock) {
+  std::unordered_set<std::uint32_t> sources;
+  for (const Move& move : moves) sources.insert(move.from);
   std::size_t total = 0;
-  for (Move& move : moves) {
-    move.staged = total;  // an offset until the memory is there
-    for_tails(slots_[move.to].tokens,
-              [&](const Region&, std::uint32_t, std::size_t bytes) { total += bytes; });
+  for (const Move& move : moves) {
+    if (sources.contains(move.to)) total += tails_bytes(slots_[move.to].tokens);
   }
+  if (total == 0) return;
   if (scratch_fence_ && total > scratch_.bytes()) scratch_fence_->wait();
-  const Address base = scratch_.require(total, lock);
+  Address at = scratch_.require(total, lock);
   for (Move& move : moves) {
-    Address at = move.staged += base;
+    if (!sources.contains(move.to)) continue;
+    move.staged = at;
     for_tails(slots_[move.to].tokens,
               [&](const Region& region, std::uint32_t index, std::size_t bytes) {
                 copy(at, region.address(move.to, index), bytes, stream);
@@ -114,61 +116,64 @@ void SlotSpace::share_sources(const std::vector<Move>& moves, PagePins& pins,
 }
 
 // As find_needs(), and besides: pages that another row of the same reorder is about to share; pages
-// that may not be finite, since another row may still want what they hold; a page of the old
-// sequence that would be written and is not staged, since it could not be put back.
+// that may not be finite, since another row may still want what they hold.
 std::vector<SlotSpace::Need> SlotSpace::find_move_needs(const Move& move,
                                                         const std::unordered_set<PageId>& aliased) {
   std::vector<Need> needs = find_needs(move.to, move.tokens);
   for (Region& region : regions_) {
     const PageWindow window = region.window(move.to);
     const auto full = static_cast<std::uint32_t>(full_pages(region, move.tokens));
-    const bool writes_tokens =
-        tail_bytes(region, move.tokens) > 0 && full < full_pages(region, slots_[move.to].tokens);
     for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
       for (std::uint32_t p = std::max(window.begin, full); p < window.end; ++p) {
         const std::uint32_t index = run * region.pages_per_run() + p;
         const PageId id = region.at(move.to, index);
         if (id == kNoPage || pool_->users(id) > 1) continue;  // found already
-        if (aliased.contains(id) || !region.safe(id) || (p == full && writes_tokens)) {
-          needs.push_back({&region, move.to, index});
-        }
+        if (aliased.contains(id) || !region.safe(id)) needs.push_back({&region, move.to, index});
       }
     }
   }
   return needs;
 }
 
+// A copy that fails when others have been submitted is tried once more: what those have overwritten
+// cannot be put back.
 void SlotSpace::copy_tails(const std::vector<Move>& moves, Stream stream) {
   std::vector<Address> staged(slots_.size(), 0);
   for (const Move& move : moves) staged[move.to] = move.staged;
+  bool begun = false;
   for (const Move& move : moves) {
     Address at = staged[move.from];
     for_tails(move.tokens, [&](const Region& region, std::uint32_t index, std::size_t bytes) {
-      copy(region.address(move.to, index), at != 0 ? at : region.address(move.from, index), bytes,
-           stream);
+      const Address source = at != 0 ? at : region.address(move.from, index);
+      try {
+        copy(region.address(move.to, index), source, bytes, stream);
+      } catch (const std::exception&) {
+        if (!begun) throw;
+        lost_ = true;  // unless it works now
+        copy(region.address(move.to, index), source, bytes, stream);
+        lost_ = false;
+      }
+      begun = true;
       if (at != 0) at += bytes;
     });
   }
 }
 
-void SlotSpace::restore_tails(const std::vector<Move>& moves, Stream stream) noexcept {
+// After what a reorder has submitted. Without an event the thread waits in its place.
+std::shared_ptr<Fence> SlotSpace::fence_moves(Stream stream) {
+  lost_ = true;  // if neither works
+  std::shared_ptr<Fence> fence;
   try {
-    for (const Move& move : moves) {
-      Address at = move.staged;
-      for_tails(slots_[move.to].tokens,
-                [&](const Region& region, std::uint32_t index, std::size_t bytes) {
-                  pool_->driver().copy(region.address(move.to, index), at, bytes, stream);
-                  at += bytes;
-                });
-    }
-  } catch (...) {
-    lost_ = true;
+    fence = std::make_shared<Fence>(pool_->driver_ptr(), stream);
+  } catch (const std::exception&) {
+    pool_->driver().synchronize(stream);
   }
+  lost_ = false;
+  return fence;
 }
 
-void SlotSpace::remap_moves(const std::vector<Move>& moves, bool& copied, Stream stream,
+void SlotSpace::remap_moves(const std::vector<Move>& moves, PagePins& pins, Stream stream,
                             DeviceLock& lock) {
-  PagePins pins(*pool_);
   std::unordered_set<PageId> aliased;
   share_sources(moves, pins, aliased);
   for (const Move& move : moves) {
@@ -200,9 +205,8 @@ void SlotSpace::remap_moves(const std::vector<Move>& moves, bool& copied, Stream
   }
   remap.execute();
   remap.clean(stream);
-  copied = true;
   copy_tails(moves, stream);
-  auto fence = std::make_shared<Fence>(pool_->driver_ptr(), stream);
+  const std::shared_ptr<Fence> fence = fence_moves(stream);
   remap.commit();
   for (const Move& move : moves) {
     if (move.dirty) mark_tails_dirty(move.to, move.tokens);
@@ -231,18 +235,20 @@ void SlotSpace::assign(std::span<const std::int32_t> destinations,
     to.tokens = move.tokens;
     to.ready = std::max(move.tokens, ready_of(move.to));
     to.dirty = to.dirty || slots_[move.from].dirty;
+    to.copied_bytes += tails_bytes(move.tokens);
+    mark_own(move.to, move.tokens, true);
+    mark_shared(move.to);
   }
 }
 
 void SlotSpace::reorder(std::vector<Move>& moves, Stream stream, DeviceLock& lock) {
-  bool copied = false;
+  PagePins pins(*pool_);  // until a failure is put right
   scratch_busy_ = true;
   try {
     stage_tails(moves, stream, lock);
-    remap_moves(moves, copied, stream, lock);
+    remap_moves(moves, pins, stream, lock);
   } catch (...) {
     for (const Move& move : moves) set_windows(move.to, move.before);
-    if (copied) restore_tails(moves, stream);
     for (const Move& move : moves) fence_off(slots_[move.to], stream);
     scratch_fence_ = slots_[moves.front().to].fence;
     scratch_busy_ = false;

@@ -86,6 +86,63 @@ SpaceStats SlotSpace::stats() {
   return out;
 }
 
+// Pages of one slot are distinct, since a page is shared between equal entries only.
+SlotUsage SlotSpace::usage_of(std::uint32_t slot) const {
+  const Slot& s = slots_[slot];
+  SlotUsage out;
+  out.copied_bytes = s.copied_bytes;
+  for (const Region& region : regions_) {
+    const std::uint32_t begin = region.window(slot).begin, end = held_pages(region, s.tokens);
+    for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
+      for (std::uint32_t p = begin; p < end; ++p) {
+        ++out.pages;
+        out.shared_pages += pool_->was_shared(region.at(slot, run * region.pages_per_run() + p));
+      }
+    }
+  }
+  return out;
+}
+
+std::vector<SlotUsage> SlotSpace::usage(std::span<const std::int32_t> slots) {
+  const DeviceLock lock = enter();
+  std::vector<SlotUsage> out;
+  out.reserve(slots.size());
+  for (const std::int32_t slot : slots) {
+    open_slot(slot);
+    out.push_back(usage_of(static_cast<std::uint32_t>(slot)));
+  }
+  return out;
+}
+
+// After an operation that may have brought pages which others use into the slot's windows.
+void SlotSpace::mark_shared(std::uint32_t slot) {
+  for (const Region& region : regions_) {
+    const PageWindow window = region.window(slot);
+    for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
+      for (std::uint32_t p = window.begin; p < window.end; ++p) {
+        const PageId id = region.at(slot, run * region.pages_per_run() + p);
+        if (pool_->live(id) > 1) pool_->mark_shared(id);
+      }
+    }
+  }
+}
+
+// After an operation from which on the slot writes in place behind these tokens: whatever it had in
+// common with others there is gone. Partial tails count if they were written, too.
+void SlotSpace::mark_own(std::uint32_t slot, std::size_t tokens, bool tails) {
+  for (const Region& region : regions_) {
+    const PageWindow window = region.window(slot);
+    const std::size_t first = tails ? full_pages(region, tokens) : held_pages(region, tokens);
+    for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
+      for (auto p = std::max(window.begin, static_cast<std::uint32_t>(first)); p < window.end;
+           ++p) {
+        const PageId id = region.at(slot, run * region.pages_per_run() + p);
+        if (pool_->live(id) == 1) pool_->mark_own(id);
+      }
+    }
+  }
+}
+
 std::vector<PageState> SlotSpace::page_states(std::uint32_t slot, std::uint32_t region) {
   const DeviceLock lock = enter();
   const Region& r = regions_.at(region);
@@ -129,6 +186,7 @@ void SlotSpace::check_slot(std::uint32_t slot) const {
           "anchor <= tokens <= max_tokens is broken");
   require(s.ready == 0 || s.tokens <= s.ready, "tokens <= ready is broken");
   require(s.open || (s.tokens == 0 && s.ready == 0), "closed but not empty");
+  require(s.copied_bytes <= (s.open ? totals_.copied_bytes : 0), "more copied into it than at all");
   for (const Region& region : regions_) {
     const PageWindow window = region.window(slot);
     const PageWindow wanted = window_of(region, s.anchor, s.tokens);
