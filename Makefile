@@ -122,6 +122,7 @@ bench: $(STAMP_DEV)
 	$(BIN)/python -m bench.overlap --json results/overlap.json
 	$(BIN)/python -m bench.offline --json results/offline.json
 	$(BIN)/python -m bench.allocator --json results/allocator.json
+	$(BIN)/python -m bench.decoding --json results/decoding.json
 
 report: $(STAMP_DEV)
 	$(BIN)/python -m bench.report
