@@ -13,7 +13,7 @@ from tests.beam_model import beam_candidates
 from vattn.engine.beams import BeamGroup, Candidates
 from vattn.engine.gangs import absent, mates
 from vattn.engine.scheduler import NeverFits, Plan, Scheduler
-from vattn.outputs import KVUsage
+from vattn.outputs import KVUsage, Logprob
 from vattn.request import FinishReason, Request, Status
 from vattn.sampling_params import SamplingParams
 
@@ -237,6 +237,8 @@ class FakeMemory:
     def _prefix(self, request: Request) -> tuple[list[int], list[int]]:
         """The tokens that can be had without computing them, and the live pages that hold some."""
         most = len(request.tokens) - 1
+        if request.prompt_logprobs is not None:  # what is not computed has no scores
+            most = min(most, len(request.prompt_logprobs) - 1)
         if request.saved is not None:
             assert request.saved == request.tokens[: len(request.saved)]
             return request.saved[:most], []
@@ -266,6 +268,16 @@ class FakeMemory:
                 counted[page] = counted.get(page, 0) + 1
         assert counted == self.references
         assert 0 <= self.swapped <= self.swap_pages
+
+
+def record_scores(plan: Plan) -> None:
+    """Each position's own token, unless it was known before."""
+    for request, first, count in plan.scored:
+        known = request.prompt_logprobs
+        assert known is not None
+        for position in range(first, first + count):
+            if len(known) == position + 1:
+                known.append({request.prompt_ids[position + 1]: Logprob(-1.0, 1)})
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -342,10 +354,11 @@ class FakeEngine:
         if in_flight is not None:
             in_flight()
             self.check()
-        arrived = (plan, tokens) if plan.sampling else None
+        arrived = (plan, tokens) if plan.is_told else None
         if self.ahead:
             arrived, self.flying = self.flying, arrived
         if arrived is not None:
+            record_scores(arrived[0])
             self.scheduler.append_tokens(*arrived)
             self.scheduler.advance_beams(self.found.pop(arrived[0], ()))
         self.check()

@@ -71,6 +71,7 @@ class Request:
     order: int = 0  # of arrival; set by the scheduler
     preemptions: int = 0
     drafts: list[int] = field(default_factory=list)  # guesses at its next tokens, to be verified
+    never_drafts: bool = False  # it is decoded without them from now on
     logprobs: list[dict[int, Logprob]] | None = None  # per output token, if asked for
     # Per token of the prompt, if asked for; as far as they are known.
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None

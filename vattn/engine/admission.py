@@ -67,8 +67,9 @@ class Admission(Holdings):
         self._restore(request)
         if not request.timings.scheduled_s:
             request.cached = min(request.computed, len(request.prompt_ids))
-            self.counters.prefix_queries += len(request.prompt_ids)
-            self.counters.prefix_hits += request.cached
+            if is_lead(request):  # other beams take their lead's, with a prefix cache or without
+                self.counters.prefix_queries += len(request.prompt_ids)
+                self.counters.prefix_hits += request.cached
         return True
 
     def _place(self, request: Request, best: _Origin, total: int) -> tuple[int, _Origin] | None:

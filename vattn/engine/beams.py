@@ -25,8 +25,6 @@ from vattn.sampling_params import BeamSearchParams
 
 Usage: TypeAlias = Callable[[Request], KVUsage]
 
-_NOTHING = -1e9  # what a finished sequence that is not there yet would have as its score
-
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
@@ -146,7 +144,9 @@ class BeamGroup:
         length = len(self.lead.output_ids) + 1
         if self.params.early_stopping == "never" and self.params.length_penalty > 0:
             length = self.lead.limit - len(self.lead.prompt_ids)
-        return self._scaled(best, length) > (self._finished[-1].score if full else _NOTHING)
+        if not full:
+            return best > -math.inf  # else no token may follow
+        return self._scaled(best, length) > self._finished[-1].score
 
     def _scaled(self, score: float, length: int) -> float:
         return float(score / length**self.params.length_penalty)

@@ -130,7 +130,7 @@ class Lifecycle:
         stop_reason: int | str | None = None,
         error: str | None = None,
     ) -> bool:
-        """Ends a request wherever it is, a plan that is not launched included.
+        """Ends a request wherever it is, a plan that is not launched included, and its group.
 
         Its output so far is kept; tokens that are still in flight are not appended.
 
@@ -139,6 +139,17 @@ class Lifecycle:
         """
         if self._requests.get(request.id) is not request:
             return False
+        for each in [request, *(beam for beam in mates(request) if beam is not request)]:
+            self._finish(each, reason, stop_reason, error)
+        return True
+
+    def _finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        stop_reason: int | str | None,
+        error: str | None,
+    ) -> None:
         del self._requests[request.id]
         place, request.status = request.status, Status.FINISHED
         request.finish_reason = reason
@@ -157,9 +168,6 @@ class Lifecycle:
             self.memory.release(request)
         self._waiting.orphan(request)
         self._tell_end(request)
-        for beam in mates(request):
-            self.finish(beam, reason, stop_reason=stop_reason, error=error)
-        return True
 
     def _tell_end(self, request: Request) -> None:
         """Of beams, only the lead's is told."""

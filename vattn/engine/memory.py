@@ -89,7 +89,8 @@ class MemoryManager(Admission):
     def _wait_for_tickets(self) -> None:
         """What is mapped in the background would use pages that nobody owns any more."""
         for ticket in self._tickets:
-            with contextlib.suppress(OutOfPages, DriverError):  # nobody needs it now
+            # Nobody needs it now, and its slots may have been released.
+            with contextlib.suppress(OutOfPages, DriverError, ValueError):
                 ticket.wait()
         self._tickets = []
 

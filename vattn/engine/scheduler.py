@@ -34,15 +34,12 @@ from vattn.engine.beams import BeamGroup
 from vattn.engine.gangs import absent, at_gate, mates, wanted_tokens, width
 from vattn.engine.lifecycle import Policy
 from vattn.engine.policy import Memory, NeverFits, Plan, SchedulerStats, by_slot
+from vattn.engine.score_room import ScoreRoom
 from vattn.engine.speculation.proposer import may_draft, most_drafts
 from vattn.engine.steps import Steps
 from vattn.request import FinishReason, Request, Status
 
 __all__ = ["Memory", "NeverFits", "Plan", "Policy", "Scheduler", "SchedulerStats"]
-
-# Prompt tokens of a step whose log probabilities are wanted: each has a row of logits, which for a
-# vocabulary of 128K is half a megabyte.
-MAX_SCORED_TOKENS = 1024
 
 
 class Scheduler(Steps):
@@ -59,6 +56,7 @@ class Scheduler(Steps):
         enable_chunked_prefill: prompts may be cut to what a step has left.
         stage_ahead: :meth:`stage` does something. Off only to compare.
         steps_in_flight: launched steps whose tokens may be missing when the next is scheduled.
+        vocab_size: logits of a row; limits how many tokens of prompts a step can score.
         clock: seconds, as of ``time.monotonic``.
 
     Raises:
@@ -76,6 +74,7 @@ class Scheduler(Steps):
         enable_chunked_prefill: bool = True,
         stage_ahead: bool = True,
         steps_in_flight: int = 0,
+        vocab_size: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(
@@ -100,7 +99,7 @@ class Scheduler(Steps):
             )
         self.enable_chunked_prefill = enable_chunked_prefill
         self.stage_ahead = stage_ahead
-        self._score_room = MAX_SCORED_TOKENS  # of which this step has so many left
+        self._scores = ScoreRoom(vocab_size)
 
     # The policy -----------------------------------------------------------------------------------
 
@@ -146,14 +145,14 @@ class Scheduler(Steps):
             if request is None:
                 break
             tokens = self._chunk(request, room)
-            if not tokens and wanted_tokens(request):
+            if not tokens and wanted_tokens(request) and not self._waits_for_scores(request):
                 # A whole prompt that this step has no room for, but the next may.
                 self._staged.insert(0, request)
                 break
             self._start(request)
             if tokens and self._fits(request, tokens):
                 plan.add(request, tokens)
-                self._spend_scores(request, tokens)
+                self._scores.spend(request, tokens)
                 added = True
         if added:
             plan.fill()
@@ -166,14 +165,16 @@ class Scheduler(Steps):
 
     def _plan_running(self) -> Plan:
         plan = Plan(self._running.decodes, [])
-        self._score_room = MAX_SCORED_TOKENS
+        self._scores.reset()
         room = self.max_num_batched_tokens - len(plan.decodes)
         for request in self._running.prefills:
             tokens = self._chunk(request, room)
             if not tokens:
+                if room and self._waits_for_scores(request):
+                    continue  # the first of them does not wait
                 break
             plan.chunks.append((request, tokens))
-            self._spend_scores(request, tokens)
+            self._scores.spend(request, tokens)
             room -= tokens
         self._plan_drafts(plan, room)
         if plan.chunks or plan.verifies:
@@ -182,16 +183,18 @@ class Scheduler(Steps):
 
     def _chunk(self, request: Request, room: int) -> int:
         """How many tokens of a prompt to compute, if ``room`` are left."""
-        wanted = wanted_tokens(request)
-        if request.prompt_logprobs is not None and self.enable_chunked_prefill:
-            room = min(room, self._score_room)
-        if wanted <= room:
+        room = min(room, self._scores.tokens(request))
+        if room >= (wanted := wanted_tokens(request)):
             return wanted
         return room if self.enable_chunked_prefill else 0
 
-    def _spend_scores(self, request: Request, tokens: int) -> None:
-        if request.prompt_logprobs is not None:
-            self._score_room -= tokens
+    def _waits_for_scores(self, request: Request) -> bool:
+        """Whether others have left a prompt nothing of what a step can score.
+
+        Nobody waits with it: it keeps its place, and those behind it go on.
+        """
+        left, wanted = self._scores.tokens(request), wanted_tokens(request)
+        return left < min(wanted, 1) if self.enable_chunked_prefill else left < wanted
 
     def _next(self) -> Request | None:
         """The next to start, with a slot; None if nobody can."""
@@ -252,7 +255,7 @@ class Scheduler(Steps):
         """
         if not self.stage_ahead:
             return
-        self._score_room = MAX_SCORED_TOKENS
+        self._scores.reset()
         going = self._running.decodes + self._running.expected
         slots = [r.slot for r in going]
         # Whoever verifies drafts now is likely to get them all, and as many again.
@@ -269,9 +272,10 @@ class Scheduler(Steps):
                 break
             chunk = self._chunk(request, room)
             if not chunk:
-                if wanted_tokens(request):
+                if wanted_tokens(request) and not self._waits_for_scores(request):
                     break
                 continue
+            self._scores.spend(request, chunk)
             slots.append(request.slot)
             tokens.append(request.computed + chunk)
             room -= chunk
@@ -360,8 +364,10 @@ class Scheduler(Steps):
                 if lead.finished:
                     return True
                 if self._comes_last(lead):
-                    if self._launched or not self._fail_if_alone(lead):
+                    if self._launched or self._staged or not self._running.is_alone(lead):
                         self._bar(lead)
+                    else:  # whoever has what it lacks may be waiting for what it has
+                        self._give_way()
                     return True
                 if self._launched:
                     return False
@@ -373,13 +379,6 @@ class Scheduler(Steps):
         """Whether nobody with a slot comes after a request that runs."""
         last = self._staged[-1] if self._staged else self._running.last()
         return bool(self._order(last) <= self._order(request))
-
-    def _fail_if_alone(self, lead: Request) -> bool:
-        """Ends a group if nobody else has what it lacks, here or outside."""
-        if self._staged or not self._running.is_alone(lead):
-            return False
-        shortage = self.memory.shortage(lead)
-        return shortage is not None and self.finish(lead, FinishReason.ERROR, error=shortage)
 
     # Who gives way --------------------------------------------------------------------------------
 

@@ -106,26 +106,35 @@ class Steps(Lifecycle):
 
     def _append_verified(self, request: Request, tokens: Sequence[int], now: float) -> int:
         """The drafts that were guessed right, and the token after them; how many these are."""
-        drafts = request.drafts[: len(tokens) - 1]
+        drafts, request.drafts = request.drafts[: len(tokens) - 1], []
+        is_spoiled = min(tokens) < 0
+        if is_spoiled:
+            # Kernels multiply by zero what they mask: a draft whose K and V are no numbers spoils
+            # the tokens before it, too. What is right shows when they are computed without it.
+            request.never_drafts = True
+            tokens = tokens[: tokens.index(-1)]
+        right = 0
+        while right < len(tokens) - 1 and tokens[right] == drafts[right]:
+            right += 1
+        if request.slot >= 0 and is_spoiled:  # before it may end, and be kept
+            known = request.computed - (not tokens)
+            request.computed = known + right
+            self.memory.cut(request, spoiled=True)
+            request.computed = known
         before = len(request.tokens)
-        accepted = 0
-        for token, draft in zip(tokens, [*drafts, None], strict=True):
-            if len(request.tokens) > before and request.slot >= 0:
+        for number, token in enumerate(tokens[: right + 1]):
+            if number and request.slot >= 0:
                 request.computed += 1  # the draft before this token was right
-            if token < 0:
-                self.finish(request, FinishReason.ERROR, error=NO_TOKEN)
-                break
             self._append(request, token, now)
-            accepted += token == draft
             if not request.finished and request.params.stop_strings:
                 self._stop_by_text(request)
-            if request.finished or token != draft:
+            if request.finished:
                 break
-        self.drafts.count(len(drafts), accepted)
-        request.drafts = []
         if request.slot >= 0:
-            self.memory.cut(request, spoiled=min(tokens) < 0)
-        return len(request.tokens) - before
+            self.memory.cut(request)
+        appended = len(request.tokens) - before
+        self.drafts.count(len(drafts), min(right, appended))
+        return appended
 
     def _stop(self, request: Request, token: int) -> None:
         """Ends a request whose last token may be the last; as vLLM, without reason for EOS."""

@@ -66,11 +66,12 @@ def may_draft(request: Request) -> bool:
     """Whether drafts of a request can be verified, and would save a step.
 
     Not where the logits at a position depend on the tokens before it by more than the model:
-    penalties, bad words, structured outputs, stop tokens ruled out for a while, and beams.
+    penalties, bad words, structured outputs, stop tokens ruled out for a while, and beams. Nor
+    where drafts have spoiled a step.
     """
     outputs = len(request.tokens) - len(request.prompt_ids)
     return (
-        not request.needs_tokens
+        not (request.needs_tokens or request.never_drafts)
         and request.grammar is None
         and request.group is None
         and request.uncomputed == 1
