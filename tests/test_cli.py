@@ -255,6 +255,44 @@ def test_defaults_of_sampling_are_the_models_own(cli: Cli, model_dir: Path, tmp_
         assert read_json(out)["sampling"] == {"min_p": 0.0, "stop": [], **expected}
 
 
+@pytest.mark.parametrize("samples", [True, False, None])
+def test_what_else_the_model_asks_for_is_followed_or_named(
+    cli: Cli, model_dir: Path, tmp_path: Path, samples: bool | None
+) -> None:
+    own = copy_without(model_dir, tmp_path / "own")
+    config = json.loads((own / "generation_config.json").read_text())
+    asked = {"do_sample": samples, "repetition_penalty": 1.9, "no_repeat_ngram_size": 2}
+    config |= {name: value for name, value in asked.items() if value is not None}
+    (own / "generation_config.json").write_text(json.dumps(config))
+    args = ("generate", "-m", own, "-p", PROMPT, "--max-tokens", 20, "--json", tmp_path / "o.json")
+    chance = {True: (1.0, 1.0), False: (0.0, 1.0), None: (0.8, 0.95)}[samples]
+    for options, penalty in (((), 1.9), (("--repetition-penalty", 1.1), 1.1)):
+        result = cli(*args, *options)
+        assert result.exit_code == 0, result.stderr
+        sampling = read_json(tmp_path / "o.json")["sampling"]
+        assert sampling["repetition_penalty"] == penalty
+        assert (sampling["temperature"], sampling["top_p"]) == chance
+        assert "note:" in result.stderr
+        assert "no_repeat_ngram_size=2, which is not served" in result.stderr
+    assert cli(*args, "--temperature", 0.3).exit_code == 0
+    assert read_json(tmp_path / "o.json")["sampling"]["temperature"] == 0.3
+
+
+def test_what_the_model_asks_for_may_be_impossible(
+    cli: Cli, model_dir: Path, tmp_path: Path
+) -> None:
+    own = copy_without(model_dir, tmp_path / "own")
+    config = json.loads((own / "generation_config.json").read_text())
+    (own / "generation_config.json").write_text(json.dumps(config | {"repetition_penalty": 1e39}))
+    result = cli("generate", "-m", own, "-p", PROMPT, "--max-tokens", 2)
+    assert (result.exit_code, result.stdout) == (2, "")
+    error = result.stderr.splitlines()[-1]
+    for part in ("error: ", "generation config", "--repetition-penalty 1e+39", "choose for"):
+        assert part in error
+    args = ("--repetition-penalty", 1.2, "--max-tokens", 2)
+    assert cli("generate", "-m", own, "-p", PROMPT, *args).exit_code == 0
+
+
 def test_end_token_ends_a_text(cli: Cli, model_dir: Path, tmp_path: Path) -> None:
     """The random model soon writes the letter e when sampling hot; make that its end token."""
     ends = copy_without(model_dir, tmp_path / "ends")

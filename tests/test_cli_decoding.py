@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.cli_helpers import LIMIT, PROMPT, Cli, assert_refused, read_json, write_prompts
 from vattn.cli.decoding import with_option_names
+from vattn.cli.report import print_results, write_json
+from vattn.cli.run import Output, Timing
+from vattn.outputs import CompletionOutput, Logprob
 
 pytest_plugins = ("tests.cli_fixtures",)
 pytestmark = pytest.mark.usefixtures("plain_environment")
@@ -94,9 +100,6 @@ def test_bad_options(generate: Cli, args: list[str], parts: list[str]) -> None:
     [
         (["--logit-bias", "99999=1"], "--logit-bias has [99999]"),
         (["--allowed-token-ids", "99999"], "--allowed-token-ids has [99999]"),
-        (["--regex", "("], "regex"),
-        (["--json-schema", '{"type": "no-such"}'], "no-such"),
-        (["--grammar", "start: missing_rule"], "missing_rule"),
     ],
 )
 def test_what_only_the_model_can_refuse(generate: Cli, args: list[str], part: str) -> None:
@@ -107,6 +110,35 @@ def test_what_only_the_model_can_refuse(generate: Cli, args: list[str], part: st
     assert error.startswith("error: ")
     assert "prompt 0" not in error
     assert part in error
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["--regex", "n=[0-9]("], ["cannot be compiled: --regex 'n=[0-9](': "]),
+        (["--json-schema", '{"type": "no-such"}'], ["--json-schema '{", "no-such"]),
+        (["--grammar", "start: missing_rule"], ["--grammar 'start", "missing_rule"]),
+        (["--bad-words", "stop=ž"], ["--bad-words has 'stop=ž', which is", "leave it out"]),
+    ],
+)
+def test_languages_are_refused_before_the_model_is_loaded(
+    generate: Cli, monkeypatch: pytest.MonkeyPatch, args: list[str], parts: list[str]
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr("vattn.cli.job.open_engine", load)
+    if "--bad-words" in args:  # which this tokenizer has tokens for, as for everything
+        fast: Any = PreTrainedTokenizerFast
+        monkeypatch.setattr(fast, "encode", lambda *_, **__: [])
+    assert_refused(generate("--prompt", PROMPT, *args), *parts)
+
+
+def test_messages_keep_the_users_own_text() -> None:
+    for own in ("'n=3 top_p=2'", '"it\'s n=1"', "['n=', 'seed=']: in n=["):
+        assert with_option_names(f"bad_words={own}") == f"--bad-words {own}"
+    told = with_option_names("speculative_config's model and top_p=2 of 'top_p=2' and top_p=2")
+    assert told == "--speculative-config's model and --top-p 2 of 'top_p=2' and top_p=2"
 
 
 def test_messages_name_the_options() -> None:
@@ -161,6 +193,47 @@ def test_log_probabilities(generate: Cli, tmp_path: Path) -> None:
     row = next(line for line in lines if columns.match(line))
     assert f"{second['cumulative_logprob']:.2f}" in row
     assert max(map(len, lines)) <= 80
+
+
+def test_lists_of_log_probabilities_grow_in_place() -> None:
+    """Each token adds to the list; a copy for each would take a time that grows with the square."""
+    first: list[dict[int, Logprob]] = [{1: Logprob(-1.0, 1, "a")}]
+    output = Output(0, 0, "x", 1)
+    output.add(CompletionOutput(0, "a", [1], first, None, None))
+    entries = output.logprobs
+    output.add(CompletionOutput(0, "b", [2], [{2: first[0][1]}], None, None))
+    assert output.logprobs is entries
+    assert entries == [first[0], {2: first[0][1]}]
+    assert len(first) == 1
+    output.add(CompletionOutput(0, "", [], None, "stop", None))
+    assert output.logprobs is entries
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_file(tmp_path: Path) -> None:
+    output = Output(0, 0, "x", 1, cumulative_logprob=-math.inf)
+    output.logprobs = [{1: Logprob(-math.inf, 7, "a"), 2: Logprob(-0.5, 1, "b")}]
+    output.prompt_logprobs = [None, {3: Logprob(math.nan, 1, "c")}]
+    path = tmp_path / "out.json"
+    write_json(path, {"bias": math.inf}, [output], None, None, Timing())
+
+    def refuse(name: str) -> None:
+        pytest.fail(f"{name} is no JSON")
+
+    record = json.loads(path.read_text(), parse_constant=refuse)
+    (entry,) = record["outputs"]
+    assert record["bias"] is entry["cumulative_logprob"] is None
+    assert entry["logprobs"][0]["1"]["logprob"] is None
+    assert entry["logprobs"][0]["2"]["logprob"] == -0.5
+    assert entry["prompt_logprobs"][0] is entry["prompt_logprobs"][1]["3"]["logprob"] is None
+
+
+@pytest.mark.parametrize("logprob", [-1e4, -math.inf])
+def test_a_perplexity_beyond_all_numbers(logprob: float) -> None:
+    output = Output(0, 0, "x", 2, finish_reason="length")
+    output.prompt_logprobs = [None, {3: Logprob(logprob, 1, "c")}]
+    console = Console(file=io.StringIO(), width=80)
+    print_results(console, [output], is_search=False)
+    assert "perplexity inf" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_prompts_are_truncated(generated: Cli) -> None:

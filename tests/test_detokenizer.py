@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections.abc import Sequence
 from typing import Any
 
@@ -328,6 +329,75 @@ def test_the_first_stop_string_ends_the_text(
     assert (seen, found) == (wanted, stop)
 
 
+@pytest.mark.parametrize("cut", [1, 7, 1000])
+def test_long_stop_strings_take_linear_memory(cut: int) -> None:
+    stop = "ab" * 10_000
+    nearly = stop[:-1] + "a"
+    text = "x" + nearly + "c" + stop
+    tracemalloc.start()
+    try:
+        search = StopStrings([stop, "ax" * 10_000], include=False)
+        assert tracemalloc.get_traced_memory()[1] < 5 * len(stop)
+        seen, found = "", None
+        for first in range(0, len(text), cut):
+            new, found = search.push(text[first : first + cut], may_stop=True)
+            seen += new
+            if found:
+                break
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # Pieces of one character are what weighs most.
+    assert peak < 50 * len(text)
+    assert (seen, found) == (text[: -len(stop)], stop)
+
+
+def test_what_is_held_is_not_copied_by_every_piece() -> None:
+    """All of a long stop string but the end; the longest string that is made is the last one."""
+    stop = "a" * 20_000
+    search = StopStrings([stop + "b"], include=False)
+    made = 0
+    tracemalloc.start()
+    try:
+        for _ in range(len(stop)):
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            assert search.push("a", may_stop=True) == ("", None)
+            made = max(made, tracemalloc.get_traced_memory()[1] - before)
+    finally:
+        tracemalloc.stop()
+    assert made < len(stop) // 2
+    assert search.push("c", may_stop=True) == (stop + "c", None)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.tuples(st.text("ab", min_size=1, max_size=3), st.booleans()), max_size=9),
+    st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=4),
+    st.booleans(),
+)
+def test_stop_strings_count_where_they_may(
+    pieces: list[tuple[str, bool]], stops: list[str], include: bool
+) -> None:
+    whole, wanted, stop, end = "".join(piece for piece, _ in pieces), "", None, 0
+    counts = [may_stop for piece, may_stop in pieces for _ in piece]
+    wanted = whole
+    for end in range(1, len(whole) + 1):
+        ended = [stop for stop in stops if counts[end - 1] and whole[:end].endswith(stop)]
+        if ended:
+            stop = max(ended, key=len)
+            wanted = whole[: end if include else end - len(stop)]
+            break
+    search, seen, found = StopStrings(stops, include), "", None
+    for piece, may_stop in pieces:
+        new, found = search.push(piece, may_stop)
+        seen += new
+        if found:
+            break
+    assert not (found and search.held)
+    assert (seen + search.flush(), found) == (wanted, stop)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data(), st.sampled_from(sorted(SOURCES)), st.booleans(), st.integers(1, 9))
 def test_stop_strings_at_every_cut(
@@ -341,7 +411,8 @@ def test_stop_strings_at_every_cut(
     text = detokenizer(name, stop=stop, include_stop_str_in_output=include)
     seen = feed(text, tokens, cuts)
     if found and text.stop is None:  # only the end shows that a character is unfinished
-        assert "\ufffd" in stop
+        plain = detokenizer(name)
+        assert stop not in "".join([plain.append([token])[0] for token in tokens])
         wanted, found = whole, None
     assert (seen, text.stop) == (wanted, found)
 

@@ -55,7 +55,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"frequency_penalty": -2.1}, "frequency_penalty=-2.1 must be at least -2"),
     ({"frequency_penalty": math.nan}, "frequency_penalty=nan"),
     ({"repetition_penalty": 0}, "repetition_penalty=0 divides by nothing"),
-    ({"repetition_penalty": -1}, "repetition_penalty=-1 must be at least 0 and finite"),
+    ({"repetition_penalty": -1}, "repetition_penalty=-1 must be at least 0 and at most 1e.20"),
+    ({"repetition_penalty": 1e-46}, "repetition_penalty=1e-46 must be at least 1e-20"),
+    ({"repetition_penalty": 1e39}, "repetition_penalty=1e.39 must be .* at most 1e.20"),
     ({"repetition_penalty": math.inf}, "repetition_penalty=inf"),
     ({"bad_words": ["a", ""]}, "bad_words=.* must be non-empty strings"),
     ({"bad_words": [7]}, "bad_words=.* must be non-empty strings"),
@@ -198,7 +200,9 @@ BAD_BEAMS: list[tuple[dict[str, Any], str]] = [
     ({"beam_width": 0}, "beam_width=0 must be at least 1 and at most 4096"),
     ({"beam_width": 2.0}, "beam_width=2.0 must be a whole number"),
     ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
-    ({"temperature": -1}, "temperature=-1 must be at least 0 and finite"),
+    ({"temperature": -1}, "temperature=-1 must be at least 0 and at most 1e.20"),
+    ({"temperature": 1e46}, "temperature=1e.46 must be .* at most 1e.20"),
+    ({"temperature": 1e-46}, "temperature=1e-46 must be at least 1e-20"),
     ({"length_penalty": math.inf}, "length_penalty=inf must be finite"),
     ({"length_penalty": "1"}, "length_penalty='1' must be a number"),
     ({"early_stopping": 1}, 'early_stopping=1 must be True, False or "never"'),
@@ -218,6 +222,8 @@ def test_beams_have_defaults_and_no_unknown_options() -> None:
     params = BeamSearchParams(beam_width=4, max_tokens=7)
     assert (params.temperature, params.length_penalty, params.early_stopping) == (0.0, 1.0, False)
     BeamSearchParams(beam_width=4096, max_tokens=1, length_penalty=-2, early_stopping="never")
+    for temperature in (0, 1e-20, 1e20):
+        BeamSearchParams(beam_width=4, max_tokens=7, temperature=temperature)
     with pytest.raises(TypeError, match="num_beams"):
         BeamSearchParams(beam_width=4, max_tokens=7, num_beams=4)  # type: ignore[call-arg]
 

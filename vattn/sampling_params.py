@@ -15,6 +15,8 @@ _LIMIT = 2**63
 MAX_LOGPROBS = 1024
 ALL_LOGPROBS = -1
 MAX_LOGIT_BIAS = 100.0
+# Logits of any model, times or divided by it and by a temperature, are finite in single precision.
+MAX_FACTOR = 1e20
 # Below it a distribution is a single token but for rounding; vLLM draws the line here, too.
 GREEDY_TEMPERATURE = 1e-5
 
@@ -110,12 +112,13 @@ class SamplingParams:
         presence_penalty: taken off the logits of tokens that the output has, -2 to 2.
         frequency_penalty: the same, once for each time that the output has it, -2 to 2.
         repetition_penalty: divides positive and multiplies negative logits of tokens that prompt
-            or output have; above 1 against repetition, above 0.
+            or output have; above 1 against repetition, 1e-20 to 1e20.
         temperature: 0, or anything below 1e-5, takes the likeliest token.
         top_p: smallest set of tokens with this much probability, 0 < p <= 1.
         top_k: the k likeliest tokens; 0 or -1 for all.
         min_p: tokens at least this probable relative to the likeliest, 0 <= p <= 1.
-        seed: of this request; the same seed gives the same tokens in any batch. None draws one.
+        seed: of this request; the same seed gives the same tokens in any batch, but where the
+            rounding of another batch's logits tips a draw or a tie, which is rare. None draws one.
         stop: strings that end the text; not part of it unless ``include_stop_str_in_output``.
         stop_token_ids: tokens that end it, beside the model's end-of-sequence tokens.
         bad_words: words that are not generated: of each, as the tokenizer writes it with and
@@ -200,9 +203,10 @@ class SamplingParams:
         _check_whole(self, "n", 1, 4096)
         for name in ("presence_penalty", "frequency_penalty"):
             _check_number(self, name, -2.0, 2.0)
-        _check_number(self, "repetition_penalty", 0.0, math.inf)
+        _check_number(self, "repetition_penalty", 0.0, MAX_FACTOR)
         if self.repetition_penalty == 0:
             raise ValueError("repetition_penalty=0 divides by nothing; 1 is none, above 1 against")
+        _check_number(self, "repetition_penalty", 1 / MAX_FACTOR, MAX_FACTOR)
         _check_number(self, "temperature", 0.0, math.inf)
         _check_number(self, "top_p", 0.0, 1.0)
         if self.top_p == 0:
@@ -291,7 +295,8 @@ class BeamSearchParams:
         beam_width: beams that are kept, and sequences that come out.
         max_tokens: most new tokens.
         ignore_eos: go on after the model's end-of-sequence tokens.
-        temperature: the logits are divided by it before they are compared; 0 counts as 1.
+        temperature: the logits are divided by it before they are compared, 1e-20 to 1e20; 0 counts
+            as 1.
         length_penalty: a sequence's score is its log probability over its number of new tokens to
             this power: above 0 favours long ones, below 0 short ones.
         early_stopping: True ends as soon as ``beam_width`` sequences are complete; False as well,
@@ -314,7 +319,9 @@ class BeamSearchParams:
     def __post_init__(self) -> None:
         _check_whole(self, "beam_width", 1, 4096)
         _check_whole(self, "max_tokens", 1, _LIMIT)
-        _check_number(self, "temperature", 0.0, math.inf)
+        _check_number(self, "temperature", 0.0, MAX_FACTOR)
+        if self.temperature:
+            _check_number(self, "temperature", 1 / MAX_FACTOR, MAX_FACTOR)
         _check_number(self, "length_penalty", -math.inf, math.inf)
         for name in ("ignore_eos", "include_stop_str_in_output"):
             _check_boolean(self, name)

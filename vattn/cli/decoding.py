@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vattn.cli.console import BadInput
+from vattn.cli.console import BadInput, one_line
 from vattn.sampling_params import StructuredOutputsParams
 
 
@@ -174,7 +174,7 @@ def named() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise BadInput(with_option_names(str(error))) from error
+        raise BadInput(with_option_names(one_line(error))) from error
 
 
 # Names of parameters that are no words of English, and those that only a value tells from one.
@@ -184,12 +184,30 @@ _NAMES = (
     "speculative_config|max_model_len|min_tokens|max_tokens|top_p|top_k|min_p"
 )
 _WORDS = "temperature|stop|seed|n"
+_STRUCTURED = {
+    "json": "--json-schema",
+    "regex": "--regex",
+    "choice": "--choice",
+    "grammar": "--grammar",
+}
 
 
 def with_option_names(text: str) -> str:
-    """A message about parameters of Python as one about options."""
+    """A message about parameters of Python as one about options.
+
+    From the first quotation mark on it stays as it is, for that is the user's own text, and what
+    others say to it may repeat parts of that.
+    """
+    quoted = re.search(r"(?<!\w)['\"]", text)
+    end = quoted.start() if quoted else len(text)
+    text, rest = text[:end], text[end:]
+    text = re.sub(
+        rf"^structured_outputs cannot be compiled: ({'|'.join(_STRUCTURED)})=$",
+        lambda match: f"the structured output cannot be compiled: {_STRUCTURED[match[1]]} ",
+        text,
+    )
     text = re.sub(rf"\b({_NAMES}|{_WORDS})=", lambda match: f"{option_name(match[1])} ", text)
-    return re.sub(rf"(?<!-)\b({_NAMES})\b", lambda match: option_name(match[1]), text)
+    return re.sub(rf"(?<!-)\b({_NAMES})\b", lambda match: option_name(match[1]), text) + rest
 
 
 def option_name(parameter: str) -> str:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 import vattn
 from vattn.cli import load
 from vattn.cli.beams import BeamRun, WatchedLLM
 from vattn.cli.console import BadInput, CliError, notes, one_line
-from vattn.cli.decoding import with_option_names
+from vattn.cli.decoding import named, with_option_names
 from vattn.cli.generate import Request, beam_params
 from vattn.cli.run import Run, sampling_params
 from vattn.cli.session import Session
+from vattn.engine.grammars import GrammarCompiler
 from vattn.engine.setup import AHEAD_BYTES
+from vattn.engine.token_sets import bad_words_ids
 from vattn.hf.checks import longest_sequence
+from vattn.hf.model import LoadedModel
 from vattn.llm import LLM
+from vattn.sampling_params import SamplingParams
 
 # The embedded model has seen 512 tokens at once, and its tokens are so small (128 bytes per head)
 # that the driver's default page would hold more than a whole prompt.
@@ -42,7 +48,7 @@ def run(request: Request) -> None:
         console.print(f"looking for {source.name} on the Hugging Face Hub", style="dim")
     config = load.load_config(source)
     tokenizer = load.load_tokenizer(source)
-    # All that can be refused is refused before gigabytes are loaded.
+    # All that can be refused without the model is refused before gigabytes are loaded.
     limit = token_limit(request, longest_sequence(config), source.is_embedded)
     keep = request.decoding.choice.get("truncate_prompt_tokens")
     prompt_ids = read_tokens(request.prompts, tokenizer, limit, keep)
@@ -52,6 +58,7 @@ def run(request: Request) -> None:
         print_shorter(console, request, limit - longest, limit)
         wanted = limit
     max_model_len = max(min(limit or 0, MAX_DEFAULT_RESERVE_TOKENS), wanted)
+    check_language(request, tokenizer)
     pool = open_pool(request, device, source.is_embedded)
     try:
         with console.status(f"loading {source.name}") if console.is_terminal else nullcontext():
@@ -60,12 +67,33 @@ def run(request: Request) -> None:
         if request.is_search:
             run: Run = BeamRun(llm, request, prompt_ids, beam_params(request))
         else:
-            params = sampling_params(request, llm.model.generation_config)
+            params = choose_params(console, request, llm.engine.loaded)
             run = Run(llm, request, prompt_ids, params)
         generate(request, console, run, source.name)
     except torch.OutOfMemoryError as error:
         raise CliError(
             f"out of GPU memory: {one_line(error, 200)}; use a smaller model or --device cpu"
+        ) from error
+
+
+def choose_params(console: Console, request: Request, loaded: LoadedModel) -> SamplingParams:
+    """How to sample, and a note on what the model asks for in vain.
+
+    Raises:
+        BadInput: the model asks for something that is not possible.
+    """
+    if ignored := loaded.generation_ignored:
+        console.print(
+            f"[yellow]note:[/] the model's generation config asks for "
+            f"{escape(', '.join(ignored))}, which is not served and left out",
+            soft_wrap=True,
+        )
+    try:
+        return sampling_params(request, loaded)
+    except ValueError as error:  # the user's own values have been checked
+        raise BadInput(
+            f"the model's generation config cannot be followed: "
+            f"{with_option_names(one_line(error))}; choose for yourself"
         ) from error
 
 
@@ -122,6 +150,21 @@ def read_tokens(
     return every
 
 
+def check_language(request: Request, tokenizer: Any) -> None:
+    """Refuses words and languages that the model's tokenizer has no tokens for.
+
+    Whether the tokens are the model's is left to the engine, as it alone knows how many there are.
+
+    Raises:
+        BadInput: the message names the option.
+    """
+    asked = request.decoding
+    with named():
+        bad_words_ids(asked.choice.get("bad_words", ()), tokenizer, sys.maxsize)
+        if asked.structured is not None:
+            GrammarCompiler(tokenizer, 0, frozenset()).compile(asked.structured)
+
+
 def open_pool(request: Request, device: torch.device, is_embedded: bool) -> vattn.PagePool:
     """The physical memory for the KV cache.
 
@@ -176,6 +219,7 @@ def open_engine(
                 order=request.order,
                 seed=request.seed,
                 speculative_config=request.decoding.speculative,
+                max_logprobs=-1,  # who asks for them is who pays
             )
     except ValueError as error:
         raise BadInput(with_option_names(one_line(error))) from error

@@ -129,8 +129,16 @@ def _prompt_line(output: Output, several: bool) -> str:
         return f"{name}: the first token of a prompt has no log probability"
     return (
         f"{name}: log probability {total:.2f} over {len(known)} tokens, perplexity "
-        f"{math.exp(-total / len(known)):.2f}"
+        f"{_exp(-total / len(known)):.2f}"
     )
+
+
+def _exp(value: float) -> float:
+    """The exponential, infinite where it is too large for a float."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def figures(peak: CacheStats, engine: EngineStats, timing: Timing) -> list[tuple[str, str]]:
@@ -180,7 +188,7 @@ def write_json(
     """Writes the run's settings, outputs and figures.
 
     Args:
-        path: of the file.
+        path: of the file. Numbers that JSON has not, infinite ones and NaN, are null in it.
         run: its settings.
         outputs: as far as they have come.
         peak: of the cache when most tokens were live, under ``cache``.
@@ -198,9 +206,21 @@ def write_json(
         "engine": dataclasses.asdict(engine) if engine is not None else None,
     }
     try:
-        path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise BadInput(f"--json {path} cannot be written: {error.strerror}") from error
+
+
+def _finite(value: Any) -> Any:
+    """A value with None in place of every number in it that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value
 
 
 def _rule(console: Console, title: str) -> None:

@@ -6,18 +6,23 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from vattn.cli.generate import Request
+from vattn.hf.model import LoadedModel
 from vattn.kv.report import CacheStats, MemoryMap
 from vattn.llm import LLM
 from vattn.metrics import EngineStats
 from vattn.outputs import CompletionOutput, KVUsage, Logprob, RequestOutput
 from vattn.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
+T = TypeVar("T")
+
 # With so few sequences memory is looked at after each step, else now and then.
 _FEW_SEQUENCES = 16
 _LOOK_EVERY_S = 0.1
+# A model whose generation config has one of these says how it is sampled.
+_CHANCE = ("temperature", "top_p", "top_k", "min_p")
 # A look that takes long is taken rarely, so that all of them take less than a tenth of the time.
 _LONG_LOOK_S = 0.005
 
@@ -50,7 +55,14 @@ class Output:
         self.error = new.error
         self.cumulative_logprob, self.kv = new.cumulative_logprob, new.kv or KVUsage()
         if new.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + new.logprobs
+            self.logprobs = extended(self.logprobs, new.logprobs)
+
+
+def extended(before: list[T] | None, new: Sequence[T]) -> list[T]:
+    """A list with what is new at its end, which is not copied; None is an empty one."""
+    entries = [] if before is None else before
+    entries.extend(new)
+    return entries
 
 
 @dataclass
@@ -197,36 +209,33 @@ class Run:
         first = samples[0]
         first.cached_tokens = output.num_cached_tokens
         if output.prompt_logprobs is not None:
-            first.prompt_logprobs = (first.prompt_logprobs or []) + output.prompt_logprobs
+            first.prompt_logprobs = extended(first.prompt_logprobs, output.prompt_logprobs)
         return News(index, text, output.finished)
 
 
-def sampling_params(request: Request, defaults: Any) -> SamplingParams:
+def sampling_params(request: Request, loaded: LoadedModel) -> SamplingParams:
     """What was asked for, else the model's own, else 0.8 / 0.95.
 
     Args:
         request: with None for what is left to the model.
-        defaults: the model's generation configuration, or None.
+        loaded: the model, with what its generation config asks for.
     """
-    own: Any = defaults if getattr(defaults, "do_sample", False) else None
-
-    def choose(asked: Any, name: str, otherwise: Any, neutral: Any) -> Any:
-        if asked is not None:
-            return asked
-        return otherwise if own is None else getattr(own, name, None) or neutral
-
+    own = dict(loaded.generation_defaults)
+    says_how = getattr(loaded.model.generation_config, "do_sample", None) or own.keys() & _CHANCE
+    given: dict[str, Any] = {} if says_how else {"temperature": 0.8, "top_p": 0.95}
+    given |= own
+    given |= {name: value for name in _CHANCE if (value := getattr(request, name)) is not None}
+    given |= request.decoding.choice
     return SamplingParams(
-        n=request.samples,
-        temperature=choose(request.temperature, "temperature", 0.8, 1.0),
-        top_p=choose(request.top_p, "top_p", 0.95, 1.0),
-        top_k=choose(request.top_k, "top_k", 0, 0),
-        min_p=choose(request.min_p, "min_p", 0.0, 0.0),
-        stop=request.stop or None,
-        max_tokens=request.max_tokens,
-        min_tokens=request.min_tokens,
-        output_kind=RequestOutputKind.DELTA,
-        structured_outputs=request.decoding.structured,
-        **request.decoding.choice,
+        **given
+        | {
+            "n": request.samples,
+            "stop": request.stop or None,
+            "max_tokens": request.max_tokens,
+            "min_tokens": request.min_tokens,
+            "output_kind": RequestOutputKind.DELTA,
+            "structured_outputs": request.decoding.structured,
+        }
     )
 
 
