@@ -10,6 +10,7 @@ import pytest
 import vattn
 from tests.engine_cases import EMBEDDED_PATH, assert_nothing_left, make_llm
 from tests.models import VOCABULARY
+from vattn.engine import intake
 from vattn.engine.token_sets import bad_words_ids
 from vattn.request import Request
 from vattn.sampling_params import SamplingParams
@@ -91,6 +92,55 @@ def test_only_the_first_sample_scores_the_prompt(bare: vattn.LLM) -> None:
     samples = make(bare, n=3, prompt_logprobs=2)
     assert [each.prompt_logprobs for each in samples] == [[None], None, None]
     assert make(bare)[0].prompt_logprobs is None
+
+
+# Log probabilities --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+def test_no_more_log_probabilities_than_the_engine_allows(bare: vattn.LLM, name: str) -> None:
+    def asked(count: int) -> SamplingParams:
+        options: dict[str, Any] = {name: count, "max_tokens": 2}
+        return SamplingParams(**options)
+
+    outputs = bare.generate(
+        [[3, 4]] * 4, [asked(21), asked(-1), asked(20), asked(0)], use_tqdm=False
+    )
+    reasons = [each.outputs[0].finish_reason for each in outputs]
+    assert reasons == ["error", "error", "length", "length"]
+    errors = [str(each.outputs[0].error) for each in outputs]
+    assert f"{name}=21 is more than max_logprobs=20 of this engine; lower it" in errors[0]
+    assert f"{name}=-1 asks for all 96 tokens, which is more than max_logprobs=20" in errors[1]
+
+
+@pytest.mark.parametrize(
+    ("most", "good", "bad"),
+    [(-1, (-1, 1024), ()), (0, (0,), (1, -1)), (95, (95,), (96, -1)), (96, (96, -1), (97, 1024))],
+)
+def test_how_many_log_probabilities_are_allowed(
+    most: int, good: tuple[int, ...], bad: tuple[int, ...]
+) -> None:
+    with make_llm(max_model_len=64, max_logprobs=most) as llm:
+        for count in good:
+            make(llm, logprobs=count, prompt_logprobs=count)
+        for count in bad:
+            with pytest.raises(ValueError, match=rf"^logprobs={count} .*max_logprobs={most} "):
+                make(llm, logprobs=count)
+
+
+def test_without_chunks_a_prompt_is_scored_in_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "MAX_SCORED_TOKENS", 8)
+    prompt = [3 + i for i in range(10)]
+    for chunked in (True, False):
+        with make_llm(max_model_len=64, enable_chunked_prefill=chunked) as llm:
+            make(llm, prompt[:9], prompt_logprobs=1)
+            make(llm, prompt, logprobs=1)
+            if chunked:
+                make(llm, prompt, prompt_logprobs=1)
+                continue
+            with pytest.raises(ValueError, match=r"of 10 tokens: a step scores 8 .*shorten"):
+                make(llm, prompt, prompt_logprobs=1)
+            make(llm, prompt, prompt_logprobs=1, truncate_prompt_tokens=9)
 
 
 # Truncation ---------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 
 from tests.test_distributions import EMPTY
 from tests.test_sampler import draw, request
+from vattn.engine import logprobs
 from vattn.engine.largest import Largest
 from vattn.engine.sampler import Sampler
 
@@ -91,6 +92,19 @@ def test_logprobs_of_the_whole_vocabulary() -> None:
     assert few is not None
     assert set(few) == {host.token_ids[1], *wanted[1].topk(2).indices.tolist()}
     assert host.entry(2, host.token_ids[2]) is None
+
+
+@pytest.mark.parametrize("vocabulary", [10, 3000])
+def test_ranks_by_a_search_of_every_row(vocabulary: int) -> None:
+    """As on a GPU, which may not look which rows need one; many logits are equal."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(200, vocabulary, generator=generator).mul(2).round(decimals=1)
+    logit = logits.gather(1, torch.randint(0, vocabulary, (200, 1), generator=generator))
+    wanted = (logits > logit).sum(1) + 1
+    assert torch.equal(logprobs._ranks_of_all(logits.clone(), logit), wanted)
+    for count in (1, 5, vocabulary):
+        top = logits.topk(count, 1).values
+        assert torch.equal(logprobs._ranks(logits, logit, top), wanted)
 
 
 def test_a_tie_has_the_rank_of_the_likeliest() -> None:

@@ -267,6 +267,34 @@ def test_logprobs_come_with_the_text_of_their_tokens() -> None:
     processor.check()
 
 
+class NoFours:
+    """Cannot decode token 4."""
+
+    all_special_ids = (EOS,)
+
+    def decode(self, ids: Sequence[int], **_: Any) -> str:
+        if 4 in ids:
+            raise KeyError(4)
+        return "x" * len(ids)
+
+
+def test_a_token_that_cannot_be_named_has_no_name() -> None:
+    processor, each = OutputProcessor(NoFours()), request(logprobs=2)
+    processor.add(each)
+    each.tokens.append(300)
+    processor.process([each], sampled([300], [0]))
+    sample = one(processor, each)
+    assert (sample.text, sample.error) == ("x", None)
+    assert sample.logprobs is not None
+    names = {token: entry.decoded_token for token, entry in sample.logprobs[0].items()}
+    assert names == {300: "x", 4: None, 5: "x"}
+    each.prompt_logprobs = [None, {4: Logprob(-1.0, 1), 5: Logprob(-2.0, 2)}]
+    (_, entry) = output(processor, [each]).prompt_logprobs or []
+    assert entry is not None
+    assert (entry[4].decoded_token, entry[5].decoded_token) == (None, "x")
+    processor.check()
+
+
 def test_log_probabilities_of_the_output_add_up() -> None:
     each, plain, processor = request(logprobs=2), request(), OutputProcessor(embedded)
     for one_of_them in (each, plain):

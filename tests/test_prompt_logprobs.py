@@ -10,7 +10,7 @@ import torch
 import vattn
 from tests.engine_cases import assert_nothing_left, engine_model, make_llm
 from tests.models import one_thread
-from vattn.engine import scheduler as scheduling
+from vattn.engine import score_room
 from vattn.outputs import RequestOutput
 from vattn.sampling_params import SamplingParams
 
@@ -90,7 +90,7 @@ def test_what_is_cached_is_scored_all_the_same() -> None:
 
 
 def test_the_whole_vocabulary() -> None:
-    with make_llm() as llm:
+    with make_llm(max_logprobs=-1) as llm:
         output = ask(llm, PROMPT[:5], params=scored(-1))[0]
         assert output.prompt_logprobs is not None
         for entry, wanted in zip(
@@ -110,7 +110,7 @@ def test_samples_share_the_scores_of_their_prompt() -> None:
 
 
 def test_a_step_scores_no_more_than_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduling, "MAX_SCORED_TOKENS", 16)
+    monkeypatch.setattr(score_room, "MAX_SCORED_TOKENS", 16)
     with make_llm() as llm:
         most = 0
         score = llm.engine.sampler.score
@@ -125,6 +125,51 @@ def test_a_step_scores_no_more_than_its_share(monkeypatch: pytest.MonkeyPatch) -
         for output, prompt in zip(ask(llm, *prompts, params=scored(1)), prompts, strict=True):
             assert_scores(output, prompt, "llama", 1)
         assert 0 < most <= 16
+        assert_nothing_left(llm)
+
+
+def test_others_go_on_beside_prompts_that_wait_for_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score_room, "MAX_SCORED_TOKENS", 4)
+    with make_llm(max_num_batched_tokens=64) as llm:
+        engine = llm.engine
+        requests = [
+            request
+            for i, params in enumerate([scored(1), scored(1), SamplingParams(max_tokens=2)])
+            for request in engine.make_requests(f"r{i}", PROMPT[i:50], params)
+        ]
+        for request in requests:
+            engine.add(request)
+        with one_thread():
+            while not requests[2].finished:
+                engine.step()
+            assert not requests[0].output_ids
+            while engine.has_unfinished:
+                engine.step()
+        for request in requests[:2]:
+            output = engine.outputs.request_output("r", None, request.prompt_ids, [request])
+            assert_scores(output, request.prompt_ids, "llama", 1)
+        assert_nothing_left(llm)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5])
+def test_samples_have_the_scores_that_the_first_did_not_live_to_see(
+    steps: int, is_async: bool
+) -> None:
+    with make_llm(max_num_batched_tokens=16, max_num_seqs=8, async_scheduling=is_async) as llm:
+        engine = llm.engine
+        samples = engine.make_requests("r", PROMPT, scored(1, n=3))
+        with one_thread():
+            for sample in samples:
+                engine.add(sample)
+            for _ in range(steps):
+                engine.step()
+            engine.abort("r.0")
+            while engine.has_unfinished:
+                engine.step()
+        output = engine.outputs.request_output("r", None, PROMPT, samples)
+        assert [each.finish_reason for each in output.outputs] == ["abort", "length", "length"]
+        assert_scores(output, PROMPT, "llama", 1)
         assert_nothing_left(llm)
 
 

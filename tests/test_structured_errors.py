@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -20,8 +22,9 @@ from tests.structured_cases import (
     tiny_tokenizer,
 )
 from vattn.engine import grammars
-from vattn.engine.grammars import GrammarCompiler
+from vattn.engine.grammars import Grammar, GrammarCompiler
 from vattn.engine.structured import ended, explain
+from vattn.request import Request
 from vattn.sampling_params import StructuredOutputsParams
 
 
@@ -153,6 +156,128 @@ def test_a_missing_library_is_named(tokenizer: Any, monkeypatch: pytest.MonkeyPa
     compiler = GrammarCompiler(tokenizer, TOKENS, frozenset([EOS]))
     with pytest.raises(ValueError, match="pip install llguidance"):
         compiler.compile(StructuredOutputsParams(json_object=True))
+
+
+# What breaks --------------------------------------------------------------------------------------
+
+
+class Panic(BaseException):
+    """As what comes out of Rust."""
+
+
+class BrokenGrammar(Grammar):
+    """Some of it raises."""
+
+    def __init__(self, whole: Grammar, *broken: str) -> None:
+        super().__init__(whole.vocabulary, whole.matcher)
+        self.broken = broken
+
+    def advance(self, output_ids: Sequence[int]) -> bool:
+        self._break("advance")
+        return super().advance(output_ids)
+
+    def is_complete(self) -> bool:
+        self._break("is_complete")
+        return super().is_complete()
+
+    def allows_any(self, tokens: Sequence[int]) -> bool:
+        self._break("allows_any")
+        return super().allows_any(tokens)
+
+    def _break(self, name: str) -> None:
+        if name in self.broken:
+            raise Panic(f"{name} of {self.vocabulary.end} broke")
+
+
+def break_grammar(request: Request, *broken: str) -> None:
+    request.grammar = BrokenGrammar(request.grammar, *broken)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_grammar_that_breaks_is_its_requests_affair(
+    compiler: GrammarCompiler, early: bool
+) -> None:
+    sampler, masks = make_sampler()
+    lost, well = (make_request(compiler, i, choice=CHOICES) for i in range(2))
+    break_grammar(lost, "advance")
+    if early:
+        masks.begin([lost, well])
+    sampled = sampler.sample(torch.randn(2, TOKENS), [lost, well]).send().wait()
+    assert sampled.bad_rows() == [0]
+    assert "llguidance failed: Panic: advance of" in str(explain(lost))
+    assert explain(well) is None
+    masks.check()
+    masks.close()
+
+
+@pytest.mark.parametrize("broken", ["advance", "is_complete"])
+def test_a_grammar_that_breaks_when_its_end_is_looked_for(
+    compiler: GrammarCompiler, broken: str
+) -> None:
+    lost, well = (make_request(compiler, i, [], choice=["no"]) for i in range(2))
+    break_grammar(lost, broken)
+    ((request, problem),) = ended([lost, well])
+    assert request is lost
+    assert f"cannot go on: llguidance failed: Panic: {broken}" in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("broken", "params"),
+    [
+        ("allows_any", {"allowed_token_ids": [7]}),
+        ("is_complete", {"allowed_token_ids": [7]}),
+        ("is_complete", {}),
+    ],
+)
+def test_a_grammar_that_breaks_when_it_is_to_explain(
+    compiler: GrammarCompiler, broken: str, params: dict[str, Any]
+) -> None:
+    request = make_request(compiler, choice=CHOICES, params=params)
+    break_grammar(request, broken)
+    assert f"llguidance failed: Panic: {broken}" in str(explain(request))
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_worker_that_breaks_loses_the_rows_it_was_at(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, early: bool
+) -> None:
+    from llguidance import numpy as llguidance_numpy
+
+    sampler, masks = make_sampler()
+    requests = [make_request(compiler, i, choice=CHOICES) for i in range(3)]
+    lost = requests[1].grammar.matcher
+    fill = llguidance_numpy.fill_next_token_bitmask_par
+
+    def breaks(executor: Any, rows: list[Any], *rest: Any) -> None:
+        if any(matcher is lost for matcher, _ in rows):
+            raise Panic("poisoned")
+        fill(executor, rows, *rest)
+
+    monkeypatch.setattr(llguidance_numpy, "fill_next_token_bitmask_par", breaks)
+    if early:
+        masks.begin(requests)
+    sampled = sampler.sample(torch.randn(3, TOKENS), requests).send().wait()
+    assert sampled.bad_rows() == [1]
+    assert "llguidance failed: Panic: poisoned" in str(explain(requests[1]))
+    assert [explain(request) for request in requests[::2]] == [None, None]
+    masks.check()
+    masks.close()
+
+
+def test_masks_are_made_without_a_thread_if_there_is_none(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, masks = make_sampler()
+    request = make_request(compiler, choice=CHOICES)
+    wanted = allowed(make_sampler()[1], [request])
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refuse)
+    masks.begin([request])
+    assert allowed(masks, [request]) == wanted
+    masks.close()
 
 
 # What is kept -------------------------------------------------------------------------------------

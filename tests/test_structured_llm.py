@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import vattn
 from tests.engine_cases import EMBEDDED_PATH, assert_nothing_left
 from tests.models import one_thread
 from tests.schemas import assert_valid, random_schema
+from vattn.engine.grammars import Grammar
 from vattn.outputs import CompletionOutput, RequestOutput
 from vattn.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
@@ -262,4 +263,30 @@ def test_a_failed_step_leaves_the_masks_usable(monkeypatch: pytest.MonkeyPatch) 
         assert all("made to fail" in failed(output) for output in generate(llm, params))
         again = generate(llm, params[:2])
         assert all(re.fullmatch("[a-z]{20,30}", stopped(output)[0]) for output in again)
+        assert_nothing_left(llm)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("call", [1, 4])
+def test_a_grammar_that_breaks_loses_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, is_async: bool, call: int
+) -> None:
+    calls = 0
+    advance = Grammar.advance
+
+    def breaks(self: Grammar, ids: Sequence[int]) -> bool:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise RuntimeError("it broke")
+        return advance(self, ids)
+
+    with make_llm(async_scheduling=is_async) as llm:
+        monkeypatch.setattr(Grammar, "advance", breaks)
+        plain = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+        outputs = generate(llm, [plain, structured(regex="[a-z]{30}", ignore_eos=True)])
+        samples = [output.outputs[0] for output in outputs]
+        assert (samples[0].finish_reason, len(samples[0].token_ids)) == ("length", 20)
+        assert samples[1].finish_reason == "error"
+        assert "llguidance failed: RuntimeError: it broke" in str(samples[1].error)
         assert_nothing_left(llm)

@@ -165,7 +165,11 @@ def test_logprobs_are_those_of_a_plain_forward_pass(family: str, is_async: bool)
     ]
     params = [SamplingParams(**common, **each) for each in kinds]
     with make_llm(
-        family, async_scheduling=is_async, max_num_batched_tokens=16, max_num_seqs=8
+        family,
+        async_scheduling=is_async,
+        max_num_batched_tokens=16,
+        max_num_seqs=8,
+        max_logprobs=-1,
     ) as llm:
         asked: Any = prompts
         for _ in range(2):  # the second time the prefix cache has them

@@ -59,6 +59,9 @@ class EngineConfig:
             ``{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}`` or
             ``{"model": "a/draft-model", "num_speculative_tokens": 5}``; see
             :class:`vattn.engine.speculation.config.SpeculativeConfig`. None for no guessing.
+        max_logprobs: most that a request may ask for by ``logprobs`` and ``prompt_logprobs``; -1
+            for no limit, the whole vocabulary included. Each takes about 200 bytes of the host's
+            memory for each token, so that one request could take all of it.
         seed: of requests without one; None counts as 0.
 
     Raises:
@@ -86,6 +89,7 @@ class EngineConfig:
     async_scheduling: bool | None = None
     prepare_ahead: bool = True
     speculative_config: Any = None
+    max_logprobs: int = 20
     seed: int | None = 0
 
     def __post_init__(self) -> None:
@@ -96,6 +100,12 @@ class EngineConfig:
         self._check_memory()
         self._check_choices()
         self._check_speculation()
+        most = self.max_logprobs
+        if isinstance(most, bool) or not hasattr(most, "__index__") or most < -1:
+            raise ValueError(
+                f"max_logprobs={most!r} must be a whole number, 0 or more, or -1 for no limit"
+            )
+        self._set("max_logprobs", operator.index(most))
         seed = 0 if self.seed is None else self.seed
         if isinstance(seed, bool) or not hasattr(seed, "__index__"):
             raise ValueError(f"seed={seed!r} must be a whole number, or None for 0")

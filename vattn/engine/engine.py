@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -39,6 +39,8 @@ from vattn.kv.swap import SwapSpace
 from vattn.metrics import EngineStats
 from vattn.request import FinishReason, Request, Status
 from vattn.sampling_params import SamplingParams
+
+_log = logging.getLogger(__name__)
 
 _PAUSE_S = 0.001
 _SWAP_GIB = {"cpu": 0.0, "cuda": 4.0}
@@ -118,6 +120,7 @@ class Engine:
             enable_chunked_prefill=config.enable_chunked_prefill,
             stage_ahead=config.prepare_ahead,
             steps_in_flight=int(self.is_async),
+            vocab_size=loaded.vocab_size,
         )
         self.runner = ModelRunner(
             loaded,
@@ -273,8 +276,9 @@ class Engine:
                 raise
             for request in requests:
                 request.drafts = []
-            proposer.lose_all()
-            warnings.warn(f"no drafts: {type(error).__name__}: {error}", stacklevel=2)
+            with contextlib.suppress(DriverError):  # whoever serves next tells of a lasting one
+                proposer.lose_all()
+            _log.warning("no drafts in this step: %s: %s", type(error).__name__, error)
 
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
         """Streams, events and launches are those of the model's device, whatever is current."""
@@ -386,8 +390,9 @@ class Engine:
             return []
         sampling = plan.sampling
         self._record_scores(plan, sampled)
+        verifying = {request for request, _ in plan.verifies}
         for row in sampled.bad_rows():
-            if plan.offsets is None or not plan.offsets[row]:  # a draft may come to nothing
+            if sampling[row] not in verifying:  # it is decoded again without its drafts
                 why = explain(sampling[row]) or NO_TOKEN
                 self.scheduler.finish(sampling[row], FinishReason.ERROR, error=why)
         ended = Status.FINISHED

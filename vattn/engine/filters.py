@@ -133,7 +133,7 @@ def _search(
     """The lowest logit ``[r, 1]`` of the likeliest tokens that have the target probability."""
     vocabulary = logits.shape[1]
     if logits.is_cuda:  # to look whether that was enough would be a wait
-        return _reach(logits.sort(1, descending=True).values, lowest, probs, target)[0]
+        return _search_all(logits, lowest, probs, target)
     look = min(_FIRST_LOOK, vocabulary)
     found, enough = _reach(logits.topk(look, 1).values, lowest, probs, target)
     while look < vocabulary and not bool(enough.all()):
@@ -142,6 +142,13 @@ def _search(
         values = logits[left].topk(look, 1).values
         found[left], enough[left] = _reach(values, lowest[left], probs[left], target[left])
     return found
+
+
+def _search_all(
+    logits: torch.Tensor, lowest: torch.Tensor, probs: torch.Tensor, target: torch.Tensor
+) -> torch.Tensor:
+    """The same among all tokens at once."""
+    return _reach(logits.sort(1, descending=True).values, lowest, probs, target)[0]
 
 
 def _reach(

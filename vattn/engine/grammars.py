@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 # Compiling takes up to seconds for a text of this length.
 MOST_CHARACTERS = 1 << 18
-# Compiled languages that are kept for the next request that asks for the same.
-_KEPT = 64
+# Compiled languages that are kept for the next request that asks for the same. Their lexers grow
+# with use, a hard one to tens of MB, and llguidance does not tell their size.
+_KEPT = 16
 # A state of a lexer takes 1 to 2 KB; llguidance's own limit is five times as many.
 _LEXER_STATES = 50_000
 # What stands for the end of an output in masks. It is none of the model's tokens: which of those

@@ -12,10 +12,11 @@ from typing import Any
 from vattn.engine.config import EngineConfig
 from vattn.engine.draw import derive_seed
 from vattn.engine.grammars import Grammar, GrammarCompiler
+from vattn.engine.score_room import MAX_SCORED_TOKENS, score_share
 from vattn.engine.token_sets import bad_words_ids, check_token_sets
 from vattn.hf.model import LoadedModel
 from vattn.request import Request
-from vattn.sampling_params import SamplingParams
+from vattn.sampling_params import ALL_LOGPROBS, SamplingParams
 
 
 class Intake:
@@ -41,6 +42,8 @@ class Intake:
         self.max_model_len = max_model_len
         self._loaded = loaded
         self._policy = config.scheduling_policy
+        self._max_logprobs = config.max_logprobs
+        self._chunks = config.enable_chunked_prefill
         self._tokenizer = tokenizer
         self._grammars = grammars
         self._seeds = random.Random(config.seed)
@@ -58,6 +61,7 @@ class Intake:
         """See :meth:`vattn.engine.engine.Engine.make_requests`."""
         self._check_params(params, priority)
         ids = self._checked_prompt(prompt_ids, params.truncate_prompt_tokens)
+        self._check_scores(params, len(ids))
         if timeout_s is not None and not 0 < timeout_s < math.inf:
             raise ValueError(f"timeout_s={timeout_s!r} must be a positive number of seconds")
         now = time.monotonic()
@@ -139,10 +143,36 @@ class Intake:
             raise TypeError(f"sampling_params={params!r} is not a vattn.SamplingParams")
         if params.stop_strings and self._tokenizer is None:
             raise ValueError("stop strings need a tokenizer; use stop_token_ids")
+        self._check_logprobs(params)
         if isinstance(priority, bool) or not hasattr(priority, "__index__"):
             raise ValueError(f"priority={priority!r} must be a whole number")
         if priority and self._policy != "priority":
             raise ValueError(
                 f'priority={priority} needs scheduling_policy="priority"; this engine serves first '
                 "come, first served"
+            )
+
+    def _check_logprobs(self, params: SamplingParams) -> None:
+        if self._max_logprobs < 0:
+            return
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(params, name)
+            asked = self._loaded.vocab_size if count == ALL_LOGPROBS else count
+            if asked is not None and asked > self._max_logprobs:
+                what = f" asks for all {asked} tokens, which" if count == ALL_LOGPROBS else ""
+                raise ValueError(
+                    f"{name}={count}{what} is more than max_logprobs={self._max_logprobs} of this "
+                    "engine; lower it, or make the engine with a higher max_logprobs (-1: no limit)"
+                )
+
+    def _check_scores(self, params: SamplingParams, prompt_tokens: int) -> None:
+        """Without chunks a prompt is scored in one step, or never."""
+        if params.prompt_logprobs is None or self._chunks:
+            return
+        most = MAX_SCORED_TOKENS // score_share(params, self._loaded.vocab_size)
+        if prompt_tokens - 1 > most:
+            raise ValueError(
+                f"prompt_logprobs={params.prompt_logprobs} of a prompt of {prompt_tokens} tokens: "
+                f"a step scores {most} at most, and enable_chunked_prefill=False leaves it one "
+                "step; turn that on, or shorten the prompt"
             )

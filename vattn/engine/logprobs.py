@@ -125,15 +125,26 @@ def _logprobs(
 def _ranks(logits: torch.Tensor, logit: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
     """int64 ``[L]``: one more than how many logits are larger than ``logit`` ``[L, 1]``."""
     if logits.is_cuda:  # to look which rows need a search would be a wait
-        rows = torch.arange(len(logits), device=logits.device)
-        above = torch.empty_like(rows)
-    else:
-        above = (top > logit).sum(1)
-        rows = (above == top.shape[1]).nonzero()[:, 0]
-        if top.shape[1] == logits.shape[1]:
-            rows = rows[:0]
+        return _ranks_of_all(logits, logit)
+    above = (top > logit).sum(1)
+    rows = (above == top.shape[1]).nonzero()[:, 0]
+    if top.shape[1] == logits.shape[1]:
+        rows = rows[:0]
+    return _count(logits, logit, rows, above) + 1
+
+
+def _ranks_of_all(logits: torch.Tensor, logit: torch.Tensor) -> torch.Tensor:
+    """The same by a search of every row."""
+    rows = torch.arange(len(logits), device=logits.device)
+    return _count(logits, logit, rows, torch.empty_like(rows)) + 1
+
+
+def _count(
+    logits: torch.Tensor, logit: torch.Tensor, rows: torch.Tensor, above: torch.Tensor
+) -> torch.Tensor:
+    """``above`` with, in some rows, how many logits are larger than ``logit``."""
     for piece in pieces(logits, len(rows)):
         some = logits.index_select(0, rows[piece])
         count = some.gt_(logit[rows[piece]]).sum(1)  # as floats: added faster, and exactly
         above.index_copy_(0, rows[piece], count.long())
-    return above + 1
+    return above

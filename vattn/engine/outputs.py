@@ -6,6 +6,7 @@ anything per step.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -250,7 +251,9 @@ class OutputProcessor:
         name = self._source.name
         for entry in entries:
             for token, logprob in entry.items():
-                logprob.decoded_token = name(token)
+                # Of a token without a text: there may be more logits than the tokenizer has tokens.
+                with contextlib.suppress(Exception):
+                    logprob.decoded_token = name(token)
 
     def check(self) -> None:
         """Verifies that what was told is no more than there is."""

@@ -1,15 +1,18 @@
 """Penalties on tokens that were there before: presence, frequency, repetition.
 
 Only tokens that a request has had are touched: for each a place in the logits, a factor and an
-amount. They are kept on the device, and a step changes those few that its tokens have changed.
+amount. They are kept on the device: a step changes those few that its tokens have changed, and when
+rows change, only those of new rows are sent.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from vattn.attention.upload import Uploader
@@ -43,13 +46,17 @@ class Penalties:
     def update(self, requests: Sequence[Request]) -> bool:
         """See :class:`vattn.engine.processors.LogitsProcessor`."""
         self._histories.forget_ended()
+        before = {row.request: row for row in self._rows}
         self._rows = [
             _Row(row * self._vocab_size, request)
             for row, request in enumerate(requests)
             if request.params.has_penalties
         ]
         if self._rows:
-            self._lay_out()
+            self._lay_out(before)
+        else:
+            self._used, self._at = 0, torch.zeros(0)
+            self._factors = self._amounts = self._at
         return bool(self._rows)
 
     def apply(self, logits: torch.Tensor, requests: Sequence[Request]) -> None:
@@ -71,44 +78,62 @@ class Penalties:
             for token, amount in zip(row.history.ids, row.history.amounts, strict=True):
                 assert amounts[row.begin + token] == amount, (row.begin, token)
 
-    def _lay_out(self) -> None:
-        """Entries of all rows from the beginning, and room for new ones."""
-        for row in self._rows:
-            row.history = self._history(row.request)
-        sizes = [len(row.history.ids) for row in self._rows]
-        self._used = sum(sizes)
-        total = self._used + _ROOM * len(self._rows)
-        at = np.zeros(total, np.int64)
-        factors, amounts = np.ones(total, np.float32), np.zeros(total, np.float32)
-        at[: self._used] = places([(row.begin, row.history.ids) for row in self._rows], 1)
-        repetition = [row.factor for row in self._rows]
-        factors[: self._used] = np.repeat(np.array(repetition, np.float32), sizes)
-        np.concatenate([row.history.amounts for row in self._rows], out=amounts[: self._used])
-        self._at, self._factors, self._amounts = self._upload(at, factors, amounts)
-        first = 0
-        for row, size in zip(self._rows, sizes, strict=True):
-            row.first, row.laid_out, row.later = first, size, []
-            first += size
+    def _lay_out(self, before: Mapping[Request, _Row]) -> None:
+        """Entries of all rows, one row after another, and room for new ones.
 
-    def _history(self, request: Request) -> _History:
-        """Its tokens, up to now."""
-        history = self._histories[request]
-        if not history.is_of(request.tokens):
-            self._histories.forget(request)
-            history = self._histories[request]
-        history.extend(request.tokens)
-        return history
+        Args:
+            before: rows whose first entries are on the device, for other places perhaps.
+        """
+        parts = [self._part(row, before.get(row.request)) for row in self._rows]
+        sent = [np.concatenate([part.sent[i] for part in parts]) for i in range(3)]
+        shifts = np.array([part.shift for part in parts], np.int64)
+        sizes = np.array([len(row.history.ids) for row in self._rows], np.int64)
+        *new, shift, size = self._upload(*sent, shifts, sizes)
+        self._used = int(sizes.sum())
+        old = self._at, self._factors, self._amounts
+        self._at, self._factors, self._amounts = (
+            _joined(parts, kept, more, _ROOM * len(parts))
+            for kept, more in zip(old, new, strict=True)
+        )
+        if shifts.any():
+            # With the size of what comes out nobody asks the device for it.
+            by = shift.repeat_interleave(size, output_size=self._used)
+            self._at[: self._used].add_(by)
+        changes = _Changes()
+        first = 0
+        for row, part in zip(self._rows, parts, strict=True):
+            row.first, row.laid_out, row.later = first, len(row.history.ids), []
+            first += row.laid_out
+            for entry in part.changed:
+                changes.add(row, entry, row.first + entry)
+        self._write(changes)
+
+    def _part(self, row: _Row, known: _Row | None) -> _Part:
+        """What a row's entries are made of; reads the request's tokens, up to now."""
+        tokens = row.request.tokens
+        row.history = self._histories[row.request]
+        if not row.history.is_of(tokens):
+            self._histories.forget(row.request)
+            row.history = self._histories[row.request]
+        if known is not None and not known.is_written_of(row.history):
+            known = None
+        changed = row.history.extend(tokens)
+        first, count, begin = 0, 0, row.begin
+        if known is not None:
+            first, count, begin = known.first, known.laid_out, known.begin
+        at = places([(begin, row.history.ids[count:])], 1)
+        factors = np.full(len(at), row.factor, np.float32)
+        amounts = np.array(row.history.amounts[count:], np.float32)
+        changed = [entry for entry in changed if entry < count]
+        return _Part(first, count, row.begin - begin, (at, factors, amounts), changed)
 
     def _extend(self) -> None:
         """Takes in the tokens that have come since."""
-        slots: list[int] = []  # of entries that are new or have another amount, each of them once
-        at: list[int] = []
-        factors: list[float] = []
-        amounts: list[float] = []
+        changes = _Changes()
         for row in self._rows:
             history, tokens = row.history, row.request.tokens
-            if not history.is_of(tokens):
-                return self._lay_out()
+            if not (row.is_written_of(history) and history.is_of(tokens)):
+                return self._lay_out({})
             for entry in history.extend(tokens):
                 slot = row.first + entry
                 if entry >= row.laid_out:
@@ -116,28 +141,68 @@ class Penalties:
                         row.later.append(self._used)
                         self._used += 1
                     slot = row.later[entry - row.laid_out]
-                slots.append(slot)
-                at.append(row.begin + history.ids[entry])
-                factors.append(row.factor)
-                amounts.append(history.amounts[entry])
+                changes.add(row, entry, slot)
         if self._used > len(self._at):
-            return self._lay_out()
-        if slots:
-            self._write(slots, at, factors, amounts)
-        return None
+            return self._lay_out({})
+        return self._write(changes)
 
-    def _write(
-        self, slots: list[int], at: list[int], factors: list[float], amounts: list[float]
-    ) -> None:
-        to, *values = self._upload(
-            np.array(slots, np.int64),
-            np.array(at, np.int64),
-            np.array(factors, np.float32),
-            np.array(amounts, np.float32),
-        )
-        targets = (self._at, self._factors, self._amounts)
-        for target, value in zip(targets, values, strict=True):
-            target.index_copy_(0, to, value)
+    def _write(self, changes: _Changes) -> None:
+        """The last step of what brings the device up to the histories."""
+        if changes.slots:
+            to, *values = self._upload(
+                np.array(changes.slots, np.int64),
+                np.array(changes.at, np.int64),
+                np.array(changes.factors, np.float32),
+                np.array(changes.amounts, np.float32),
+            )
+            targets = (self._at, self._factors, self._amounts)
+            for target, value in zip(targets, values, strict=True):
+                target.index_copy_(0, to, value)
+        for row in self._rows:
+            row.written = row.history.read
+
+
+class _Part(NamedTuple):
+    """What a row is laid out from: entries on the device, and those that are sent."""
+
+    first: int
+    kept: int  # of those on the device
+    shift: int  # of all places
+    sent: tuple[npt.NDArray[Any], ...]  # places, factors, amounts
+    changed: list[int]  # which of those on the device have another amount
+
+
+def _joined(
+    parts: Sequence[_Part], old: torch.Tensor, sent: torch.Tensor, room: int
+) -> torch.Tensor:
+    """A column of entries on the device, and room at its end."""
+    pieces, first = [], 0
+    for part in parts:
+        if part.kept:
+            pieces.append(old[part.first : part.first + part.kept])
+        if count := len(part.sent[0]):
+            pieces.append(sent[first : first + count])
+            first += count
+    return torch.cat([*pieces, sent.new_zeros(room)])
+
+
+class _Changes:
+    """Entries that are new or have another amount, each of them once."""
+
+    __slots__ = ("amounts", "at", "factors", "slots")
+
+    def __init__(self) -> None:
+        self.slots: list[int] = []
+        self.at: list[int] = []
+        self.factors: list[float] = []
+        self.amounts: list[float] = []
+
+    def add(self, row: _Row, entry: int, slot: int) -> None:
+        """An entry of a row, and where it is."""
+        self.slots.append(slot)
+        self.at.append(row.begin + row.history.ids[entry])
+        self.factors.append(row.factor)
+        self.amounts.append(row.history.amounts[entry])
 
 
 class _History:
@@ -197,7 +262,7 @@ class _History:
 class _Row:
     """A row with penalties, and where its entries are."""
 
-    __slots__ = ("begin", "factor", "first", "history", "laid_out", "later", "request")
+    __slots__ = ("begin", "factor", "first", "history", "laid_out", "later", "request", "written")
 
     def __init__(self, begin: int, request: Request) -> None:
         self.begin, self.request = begin, request  # the place of token 0 in the logits
@@ -205,3 +270,8 @@ class _Row:
         self.history: _History
         self.first = self.laid_out = 0  # its first entries are one after another
         self.later: list[int] = []  # where those are that came later
+        self.written = -1  # what the history had read when the device had all of it
+
+    def is_written_of(self, history: _History) -> bool:
+        """Whether the device has what this history has; not after a step that failed."""
+        return self.written == history.read and self.history is history

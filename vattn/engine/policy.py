@@ -166,7 +166,7 @@ class Plan:
                 (r, first, count)
                 for r, n in self.chunks
                 if r.prompt_logprobs is not None
-                for first, count in [_to_score(r, n)]
+                for first, count in [to_score(r, n)]
                 if count > 0
             ]
 
@@ -208,7 +208,7 @@ class Plan:
             assert kv_len <= request.length + drafts.get(request, 0) < request.limit + 1, request
 
 
-def _to_score(request: Request, tokens: int) -> tuple[int, int]:
+def to_score(request: Request, tokens: int) -> tuple[int, int]:
     """Which positions of a chunk of a prompt are to be scored: the first, and how many.
 
     The last token of the prompt is not: what follows it is sampled. Neither are those that were,
@@ -217,7 +217,7 @@ def _to_score(request: Request, tokens: int) -> tuple[int, int]:
     assert request.prompt_logprobs is not None
     first = max(request.computed, len(request.prompt_logprobs) - 1)
     last = min(request.computed + tokens, len(request.prompt_ids) - 1)
-    return first, last - first
+    return first, max(0, last - first)
 
 
 @dataclass(frozen=True, slots=True)

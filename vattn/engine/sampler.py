@@ -28,6 +28,8 @@ from vattn.request import Request
 
 __all__ = ["LogitsProcessor", "Sampler", "derive_seed"]
 
+_SMALLEST = np.finfo(np.float32).smallest_normal
+
 
 class _Uploads(NamedTuple):
     """What brings a batch to the device.
@@ -75,7 +77,8 @@ class _Batch:
             if offsets is not None:
                 self._starts -= np.array([offsets[i] for i in drawn])
             inverse = np.array([[1 / request.params.temperature] for request in self.drawn])
-            (self.scale,) = upload(inverse.astype(np.float32))
+            # Not 0, nor what counts as 0 on a GPU: the -inf of what is ruled out would become NaN.
+            (self.scale,) = upload(np.maximum(inverse, _SMALLEST).astype(np.float32))
             self.scaled = bool((inverse != 1).any())
             self.filters = Filters([r.params for r in self.drawn], vocab_size, uploads.filters)
 

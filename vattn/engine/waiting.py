@@ -81,6 +81,8 @@ class WaitingRoom:
     def add(self, request: Request) -> None:
         """Takes in a request: to the queue, or to be held for its source."""
         source = request.source
+        if source is not None and source.finished and not has_scores(source):
+            request.prompt_logprobs = source.prompt_logprobs  # for it to find the rest
         if source is None or source.finished or has_prompt(source):
             self.push(request)
         else:
@@ -114,11 +116,25 @@ class WaitingRoom:
             del self._held[request.source]
 
     def orphan(self, source: Request) -> None:
-        """Queues those held for a source that has ended; they go on without it."""
-        for sibling in self._held.get(source, ()):
+        """Queues those held for a source that has ended; they go on without it.
+
+        If the log probabilities of the prompt are wanted, and are not known yet, it is for the
+        first of them to find the rest. It adds them to the same list, and the others wait for it.
+        """
+        siblings = self._held.pop(source, [])
+        for sibling in siblings:
             sibling.source = None
-        if source in self._held:
-            self._release(source)
+        if siblings and not has_scores(source):
+            heir, *siblings = siblings
+            heir.prompt_logprobs = source.prompt_logprobs
+            self.push(heir)
+            for sibling in siblings:
+                sibling.source = heir
+            if siblings:
+                self._held[heir] = siblings
+            return
+        for sibling in siblings:
+            self.push(sibling)
 
     def _release(self, source: Request) -> None:
         for request in self._held.pop(source):
@@ -135,6 +151,13 @@ class WaitingRoom:
             assert not source.finished, source
             assert siblings, source
             assert all(request.source is source for request in siblings), source
+
+
+def has_scores(request: Request) -> bool:
+    """Whether the log probabilities of its prompt are known, as far as they are wanted of it."""
+    return request.prompt_logprobs is None or len(request.prompt_logprobs) == len(
+        request.prompt_ids
+    )
 
 
 def has_prompt(request: Request) -> bool:
