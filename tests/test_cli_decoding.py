@@ -173,6 +173,14 @@ def test_sets_of_tokens(generated: Cli, model_dir: Path) -> None:
     assert not seen & set(tokens_of(generated(*GREEDY, *words)))
 
 
+def test_as_many_log_probabilities_as_are_asked_for(generate: Cli, tmp_path: Path) -> None:
+    args = (*GREEDY, "--logprobs", 30, "--prompt-logprobs", -1)
+    assert generate(*args, "--json", tmp_path / "out.json").exit_code == 0
+    (output,) = read_json(tmp_path / "out.json")["outputs"]
+    assert {len(entry) for entry in output["logprobs"]} == {30}
+    assert {len(entry) for entry in output["prompt_logprobs"][1:]} == {259}  # the vocabulary
+
+
 def test_log_probabilities(generate: Cli, tmp_path: Path) -> None:
     args = (*GREEDY, "-n", 2, "--logprobs", 3, "--prompt-logprobs", 0)
     result = generate(*args, "--json", tmp_path / "out.json")

@@ -179,6 +179,57 @@ def test_a_new_token_costs_one_entry_and_an_old_one_none() -> None:
     assert sent == []
 
 
+def test_only_new_rows_are_sent_when_rows_change() -> None:
+    """Others move on the device, with what their tokens have changed since."""
+    sent: list[int] = []
+
+    class Counting(Uploader):
+        def __call__(self, *arrays: Any) -> list[torch.Tensor]:
+            sent.append(len(arrays[0]))
+            return super().__call__(*arrays)
+
+    params = SamplingParams(repetition_penalty=1.5, frequency_penalty=0.5)
+    rows = [request(list(range(20 + i)), [], params) for i in range(5)]
+    processor = Penalties(VOCABULARY, Counting("cpu"))
+    assert_right(processor, rows[:4], 0, same=False)
+    assert sent == [20 + 21 + 22 + 23]
+    # One leaves, all others move; old tokens come again, and one has a new one.
+    for step, (now, wanted) in enumerate(
+        [(rows[1:4], [1, 1]), (rows[1:], [24, 2]), (rows[3:1:-1], [0, 2])]
+    ):
+        for each in now[:2]:
+            each.tokens.append(25 if each is rows[1] else 3)
+        sent.clear()
+        assert_right(processor, now, 1 + step, same=False)
+        assert sent == wanted, step
+    assert not processor.update([])
+    assert processor._at.numel() == 0
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_step_that_failed_leaves_nothing_old(same: bool) -> None:
+    """Its tokens were read, and what they changed did not get to the device."""
+    fails = False
+
+    class Failing(Uploader):
+        def __call__(self, *arrays: Any) -> list[torch.Tensor]:
+            if fails:
+                raise RuntimeError("out of memory")
+            return super().__call__(*arrays)
+
+    params = SamplingParams(frequency_penalty=0.5)
+    rows = [request([1, 2], [3, 4], params) for _ in range(3)]
+    processor = Penalties(VOCABULARY, Failing("cpu"))
+    assert_right(processor, rows, 0, same=False)
+    for each in rows:
+        each.tokens += [4, 9]
+    fails = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        processor.apply(random_logits(3, 1), rows)
+    fails = False
+    assert_right(processor, rows if same else rows[1:], 2, same=same)
+
+
 def test_greedy_text_with_penalties_stops_repeating() -> None:
     logits = torch.linspace(1, 0, VOCABULARY)[None]
     params = SamplingParams(temperature=0, presence_penalty=2.0)
@@ -203,3 +254,18 @@ def test_logprobs_are_of_what_the_model_gave() -> None:
     for other, value in entry.items():
         assert value.logprob == pytest.approx(float(wanted[other]), abs=1e-5)
         assert value.rank == int((wanted > wanted[other]).sum()) + 1
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("factor", [1e-20, 1e20])
+@pytest.mark.parametrize("temperature", [0.0, 1e-5, 1.0])
+def test_the_strongest_repetition_penalty_leaves_a_token(factor: float, temperature: float) -> None:
+    for ids in ([1, 2], list(range(6))):
+        params = SamplingParams(
+            repetition_penalty=factor, temperature=temperature, allowed_token_ids=[1, 2]
+        )
+        row = request(ids, [2], params)
+        logits = torch.tensor([[5.0, 1e4, -1e4, 0.0, 1.0, 2.0]])
+        host = Sampler(6, "cpu").sample(logits, [row]).to_host()
+        assert host.bad_rows() == []
+        assert host.token_ids == [1]

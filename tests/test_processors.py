@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from vattn.attention.upload import Uploader
+from vattn.engine import processors
 from vattn.engine.processors import (
     AllowedTokens,
     BadWords,
@@ -83,12 +84,21 @@ words = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=4), min_size=1
 # Each against transformers ------------------------------------------------------------------------
 
 
-@settings(max_examples=80, deadline=None)
-@given(st.lists(st.sets(tokens, min_size=1), min_size=1, max_size=5), st.integers(0, 99))
-def test_allowed_tokens_suppress_all_others(allowed: list[set[int]], seed: int) -> None:
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sets(tokens, min_size=1), min_size=1, max_size=5),
+    st.sampled_from([0, 4, VOCABULARY]),
+    st.integers(0, 99),
+)
+def test_allowed_tokens_suppress_all_others(
+    allowed: list[set[int]], most_listed: int, seed: int
+) -> None:
+    """Whether they are listed or have a mask."""
     logits = random_logits(len(allowed) + 1, seed)
     rows = [request(), *(request(allowed_token_ids=list(ids)) for ids in allowed)]
-    out = processed("allowed", logits, rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processors, "_MOST_LISTED", most_listed)
+        out = processed("allowed", logits, rows)
     assert torch.equal(out[0], logits[0])
     for i, ids in enumerate(allowed, 1):
         others = [token for token in range(VOCABULARY) if token not in ids]
@@ -220,7 +230,11 @@ def plain(row: torch.Tensor, each: Request) -> torch.Tensor:
     return torch.tensor(out)
 
 
-def test_one_batch_of_all_kinds_and_rows_that_come_and_go() -> None:
+@pytest.mark.parametrize("most_listed", [0, 3, VOCABULARY])
+def test_one_batch_of_all_kinds_and_rows_that_come_and_go(
+    most_listed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processors, "_MOST_LISTED", most_listed)
     requests = mixed_requests()
     sampler = Sampler(VOCABULARY, "cpu")
     for step in range(60):
@@ -235,6 +249,33 @@ def test_one_batch_of_all_kinds_and_rows_that_come_and_go() -> None:
         assert got == [int(row.argmax()) for row in wanted]
         for each, token in zip(rows, got, strict=True):
             each.tokens.append(token)
+
+
+def test_a_large_set_is_sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many requests share it, and whatever rows they are later."""
+    monkeypatch.setattr(processors, "_MOST_LISTED", 0)
+    sent: list[int] = []
+
+    class Counting(Uploader):
+        def __call__(self, *arrays: Any) -> list[torch.Tensor]:
+            sent.append(sum(each.nbytes for each in arrays))
+            return super().__call__(*arrays)
+
+    params = SamplingParams(allowed_token_ids=range(9, 30))
+    rows = [Request("r", PROMPT, params, 100) for _ in range(6)]
+    rows.insert(2, request(allowed_token_ids=range(3, 20)))
+    processor = AllowedTokens(VOCABULARY, Counting("cpu"))
+    for i, wanted in enumerate(([2 * VOCABULARY, 7 * 16], [6 * 16], [5 * 16])):
+        logits = random_logits(7 - i, i)
+        out = again(processor, logits, rows[i:])
+        for row, each in enumerate(rows[i:]):
+            assert torch.equal(out[row], processed("allowed", logits[row : row + 1], [each])[0])
+        assert sent == wanted
+        sent.clear()
+    for each in rows:
+        each.status, each.finish_reason = Status.FINISHED, FinishReason.STOP
+    assert not processor.update([])
+    assert len(processor._known) == 0
 
 
 @pytest.mark.parametrize("kind", ["allowed", "bias"])

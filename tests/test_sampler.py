@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from tests.test_distributions import EMPTY, ROW, TRANSFORMS, reference
 from vattn.attention.upload import Ring, Uploader
+from vattn.engine import filters
 from vattn.engine.draw import pick
 from vattn.engine.filters import Filters
 from vattn.engine.sampler import LogitsProcessor, Sampler
@@ -138,6 +141,19 @@ def test_top_p_looks_further_where_many_tokens_are_needed(top_k: int) -> None:
         wanted = int((reference(logits[i].numpy(), params[i]) > 0).sum())
         assert abs(kept - wanted) <= 1, i  # sums of thousands differ in the last bits
     assert int((logits[0] >= lowest[0]).sum()) == 5000  # all tie
+
+
+@pytest.mark.parametrize("vocabulary", [10, 3000])
+def test_a_search_of_all_tokens_finds_the_same(vocabulary: int) -> None:
+    """As on a GPU, which may not look how many have to be looked at; many logits are equal."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(40, vocabulary, generator=generator).mul(2).round(decimals=1)
+    probs, lowest = logits.softmax(1), torch.full((40, 1), -math.inf)
+    lowest[::2] = logits[::2].topk(4, 1).values[:, -1:]
+    left = probs.double().mul(logits >= lowest).sum(1, keepdim=True)
+    for part in (0.01, 0.5, 0.999):
+        given = logits, lowest, probs, left * part
+        assert torch.equal(filters._search_all(*given), filters._search(*given)), part
 
 
 def test_greedy_takes_the_first_of_equals() -> None:
@@ -267,6 +283,25 @@ def test_min_tokens_with_nothing_else_to_say_is_bad() -> None:
     assert Sampler(2, "cpu").sample(torch.zeros(1, 2), [stuck]).to_host().bad_rows() == [0]
 
 
+@pytest.mark.parametrize("temperature", [1e37, 1e38, 1e39, 1e46, 1e308])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_temperature_beyond_single_precision_leaves_what_is_ruled_out(
+    temperature: float, alone: bool
+) -> None:
+    rows = [
+        request(seed=i, temperature=temperature, allowed_token_ids=[1, 3])
+        for i in range(20 if alone else 1)
+    ]
+    rows += [] if alone else [request(temperature=0) for _ in range(3)]
+    sampler = Sampler(5, "cpu")
+    host = sampler.sample(logits_of(*([ROW[:5]] * len(rows))), rows).to_host()
+    assert host.bad_rows() == []
+    drawn = {host.token_ids[i] for i, row in enumerate(rows) if row.params.temperature}
+    assert drawn <= {1, 3}
+    assert not alone or drawn == {1, 3}
+    assert float(sampler._batch.scale.min()) >= torch.finfo(torch.float32).tiny
+
+
 def test_processors_change_logits_but_not_logprobs() -> None:
     class Favour:
         """Adds to the logit of a request's index."""
@@ -378,3 +413,16 @@ def test_arrays_that_travel_are_sampled_from_as_those_that_stay(
     wanted = tokens()
     monkeypatch.setattr("vattn.engine.sampler.Uploader", Travelling)
     assert tokens() == wanted
+
+
+def test_it_forgets_whom_it_has_served() -> None:
+    one = request(
+        repetition_penalty=1.3, logit_bias={1: 1.0}, allowed_token_ids=[1, 2], min_tokens=2
+    )
+    held = sys.getrefcount(one)
+    sampler = Sampler(8, "cpu")
+    sampler.sample(torch.zeros(1, 8), [one])
+    assert sys.getrefcount(one) > held
+    sampler.forget()
+    gc.collect()
+    assert sys.getrefcount(one) == held

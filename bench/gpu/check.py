@@ -1,13 +1,14 @@
 """What a GPU can show, in stages, in less than nine minutes: ``make gpu-check``.
 
     python -m bench.gpu.check                      # all stages but those marked *
-    python -m bench.gpu.check --group correctness  # all tests, memcheck, jitter
+    python -m bench.gpu.check --group correctness  # all other tests, memcheck, jitter
+    python -m bench.gpu.check --group sampling     # decoding parameters, beams, speculation
     python -m bench.gpu.check --group decode       # decode, prefill, allocator-bench
     python -m bench.gpu.check --group serving      # layout, workload, mapping, vmm, ...
     python -m bench.gpu.check --only compile       # one stage (repeatable)
     python -m bench.gpu.check --rehearse           # on a CPU, at tiny settings: no figures
 
-One run has no time for everything: in the three groups, nine minutes each, a stage shares the time
+One run has no time for everything: in the four groups, nine minutes each, a stage shares the time
 with few others, and with "--only build --only compile" they leave nothing out.
 
 Each stage has a time limit and writes ``DIR/<stage>.json`` as soon as it ends, so a run that is cut
@@ -20,6 +21,7 @@ cache      the tests of KVCache and its pool on the real driver
 attention  every installed attention backend against a float32 reference
 engine     vattn.LLM against generate, float32 exact and bf16 close; memcheck's run by itself
 graphs     captured CUDA graphs replayed while pages change beneath them
+sampling * decoding parameters, structured outputs, beams and speculation; nothing waits for the GPU
 allocator* PyTorch's memory from vattn: training, graphs, streams, pause, out of memory, an engine
 decode     bench.decode: a decode step against what reading weights and K/V takes
 layout     bench.layout: attention on virtual slots for every layout and page size

@@ -126,6 +126,15 @@ STAGES = (
         tests=("tests/gpu/test_engine*.py", "tests/gpu/test_memcheck*.py"),
     ),
     Stage("graphs", 45, 120, tests=("tests/gpu/test_graphs*.py",)),
+    Stage(
+        "sampling",
+        *(90, 240),
+        tests=(
+            *("tests/gpu/test_decoding*.py", "tests/gpu/test_beam_search*.py"),
+            "tests/gpu/test_speculation*.py",
+        ),
+        alone=True,
+    ),
     # Each of its tests is a process of its own, which imports torch and starts CUDA.
     Stage("allocator", *(120, 240), tests=("tests/gpu/test_allocator*.py",), alone=True),
     Stage(
@@ -231,6 +240,7 @@ GROUPS = {
         *("build", "contract", "cache", "attention", "engine", "graphs", "allocator"),
         *("memcheck", "jitter"),
     ),
+    "sampling": ("build", "sampling"),
     "decode": ("build", "decode", "prefill", "allocator-bench"),
     "serving": ("build", "layout", "workload", "mapping", "vmm", "allocator-memcheck"),
 }

@@ -261,6 +261,8 @@ class Engine:
             for request in ended:
                 self._forget_sample(request)
             self._drop_in_flight()
+            if not self.scheduler.has_unfinished:
+                self.sampler.forget()
         elif not plan.slots and launched is None:
             time.sleep(_PAUSE_S)  # what is waiting needs pages that are in use elsewhere
         return news

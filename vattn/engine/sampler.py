@@ -119,6 +119,11 @@ class Sampler:
         self._active: list[LogitsProcessor] = []
         self._batch = _Batch([], None, vocab_size, self._uploads)
 
+    def forget(self) -> None:
+        """Lets go of the rows of the last step, since nobody is left."""
+        self._batch = _Batch([], None, self.vocab_size, self._uploads)
+        self._active = [each for each in self.processors if each.update([])]
+
     @torch.inference_mode()
     def sample(
         self, logits: torch.Tensor, requests: list[Request], offsets: list[int] | None = None
