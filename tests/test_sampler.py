@@ -19,7 +19,7 @@ from vattn.engine import filters
 from vattn.engine.draw import pick
 from vattn.engine.filters import Filters
 from vattn.engine.sampler import LogitsProcessor, Sampler
-from vattn.request import Request
+from vattn.request import Request, Status
 from vattn.sampling_params import SamplingParams
 
 
@@ -423,6 +423,7 @@ def test_it_forgets_whom_it_has_served() -> None:
     sampler = Sampler(8, "cpu")
     sampler.sample(torch.zeros(1, 8), [one])
     assert sys.getrefcount(one) > held
+    one.status = Status.FINISHED
     sampler.forget()
     gc.collect()
     assert sys.getrefcount(one) == held
