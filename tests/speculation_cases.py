@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import vattn
+from bench.decoding_speculation import TEXTS
 from tests.engine_cases import fresh_model, make_llm
 from tests.models import one_thread
 from vattn.engine.speculation.ngram import NgramProposer
@@ -28,17 +29,7 @@ NGRAM = {
 
 def copying_prompts(tokenizer: Any) -> list[list[int]]:
     """Token ids of texts that say the same again and again."""
-    texts = (
-        "The page table maps each virtual page to a physical page. ",
-        "def add(a, b):\n    return a + b\n\n",
-        "Every request has a slot, and every slot has pages. ",
-        "one two three four five six seven eight nine ten ",
-        "The cache keeps the keys. The cache keeps the values. ",
-        "x = 1\ny = 2\n",
-        "A kernel reads memory, and memory is mapped. ",
-        "Name: Ada; Name: Alan; Name: Grace; ",
-    )
-    return [tokenizer.encode(text * 6) for text in texts]
+    return [tokenizer.encode(text * 6) for text in TEXTS]
 
 
 def draft_model(family: str, *, equal: bool) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from vattn.attention.upload import Uploader
-from vattn.engine import processors
+from vattn.engine import allowed_tokens
+from vattn.engine.allowed_tokens import AllowedTokens
 from vattn.engine.processors import (
-    AllowedTokens,
     BadWords,
     LogitBias,
     LogitsProcessor,
@@ -97,7 +97,7 @@ def test_allowed_tokens_suppress_all_others(
     logits = random_logits(len(allowed) + 1, seed)
     rows = [request(), *(request(allowed_token_ids=list(ids)) for ids in allowed)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processors, "_MOST_LISTED", most_listed)
+        patch.setattr(allowed_tokens, "_MOST_LISTED", most_listed)
         out = processed("allowed", logits, rows)
     assert torch.equal(out[0], logits[0])
     for i, ids in enumerate(allowed, 1):
@@ -234,7 +234,7 @@ def plain(row: torch.Tensor, each: Request) -> torch.Tensor:
 def test_one_batch_of_all_kinds_and_rows_that_come_and_go(
     most_listed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processors, "_MOST_LISTED", most_listed)
+    monkeypatch.setattr(allowed_tokens, "_MOST_LISTED", most_listed)
     requests = mixed_requests()
     sampler = Sampler(VOCABULARY, "cpu")
     for step in range(60):
@@ -253,7 +253,7 @@ def test_one_batch_of_all_kinds_and_rows_that_come_and_go(
 
 def test_a_large_set_is_sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many requests share it, and whatever rows they are later."""
-    monkeypatch.setattr(processors, "_MOST_LISTED", 0)
+    monkeypatch.setattr(allowed_tokens, "_MOST_LISTED", 0)
     sent: list[int] = []
 
     class Counting(Uploader):

@@ -23,7 +23,7 @@ from tests.structured_cases import (
     make_sampler,
     tiny_tokenizer,
 )
-from vattn.engine import filters, logprobs, processors
+from vattn.engine import allowed_tokens, filters, logprobs
 from vattn.engine.grammars import GrammarCompiler
 from vattn.engine.sampled import Sampled
 from vattn.engine.sampler import Sampler
@@ -288,7 +288,8 @@ def test_text_is_that_of_a_plain_loop(
     options: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the tokens of the last step in flight, or taken early where a request needs them."""
-    monkeypatch.setattr(processors, "_MOST_LISTED", 200)  # half of the small vocabulary is a mask
+    # Half of the small vocabulary is a mask.
+    monkeypatch.setattr(allowed_tokens, "_MOST_LISTED", 200)
     params = [asked(**each) for each in KINDS.values()]
     with make(device, async_scheduling=False, **options) as llm:
         wanted = [output.outputs[0].token_ids for output in run(llm, params)]

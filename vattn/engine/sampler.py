@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 from vattn.attention.upload import Uploader
+from vattn.engine.allowed_tokens import AllowedTokens
 from vattn.engine.draw import derive_seed, pick, stream_keys, uniforms
 from vattn.engine.filters import Filters
 from vattn.engine.largest import Largest
 from vattn.engine.logprobs import LogprobRows, Scores
 from vattn.engine.penalties import Penalties
 from vattn.engine.pieces import pieces
-from vattn.engine.processors import AllowedTokens, BadWords, LogitBias, LogitsProcessor, MinTokens
+from vattn.engine.processors import BadWords, LogitBias, LogitsProcessor, MinTokens
 from vattn.engine.sampled import Sampled
 from vattn.request import Request
 
