@@ -21,13 +21,18 @@ from vattn.engine.config import EngineConfig
 from vattn.engine.grammars import GrammarCompiler
 from vattn.engine.graphs import can_capture
 from vattn.engine.intake import Intake
-from vattn.engine.memory import MemoryManager
 from vattn.engine.outputs import OutputProcessor
-from vattn.engine.runner import ModelRunner
 from vattn.engine.sampled import Arriving, HostSampled, Sampled
 from vattn.engine.sampler import Sampler
 from vattn.engine.scheduler import Plan, Scheduler
-from vattn.engine.setup import make_cache, make_pool, max_model_len, model_forward
+from vattn.engine.setup import (
+    check_pool,
+    make_cache,
+    make_memory,
+    make_pool,
+    make_runner,
+    max_model_len,
+)
 from vattn.engine.speculation.make import draft_taken_over, load_draft, make_proposer
 from vattn.engine.speculation.proposer import Proposer
 from vattn.engine.steps import NO_TOKEN
@@ -35,7 +40,6 @@ from vattn.engine.structured import StructuredMasks, explain
 from vattn.engine.structured import ended as ended_by_grammar
 from vattn.hf.model import LoadedModel
 from vattn.kv.pool import PagePool
-from vattn.kv.swap import SwapSpace
 from vattn.metrics import EngineStats
 from vattn.request import FinishReason, Request, Status
 from vattn.sampling_params import SamplingParams
@@ -43,7 +47,6 @@ from vattn.sampling_params import SamplingParams
 _log = logging.getLogger(__name__)
 
 _PAUSE_S = 0.001
-_SWAP_GIB = {"cpu": 0.0, "cuda": 4.0}
 
 
 class Engine:
@@ -80,21 +83,8 @@ class Engine:
         draft = load_draft(config, loaded)
         if pool is None:
             pool = make_pool(loaded.device, config)
-        elif (
-            config.page_bytes
-            or config.kv_cache_memory_bytes
-            or config.strict
-            or config.gpu_memory_utilization
-        ):
-            raise ValueError(
-                "page_bytes, kv_cache_memory_bytes, gpu_memory_utilization and strict belong to "
-                "the pool given"
-            )
-        if pool.device != loaded.device:
-            raise ValueError(
-                f"the pool given is on {pool.device}, and the model on {loaded.device}; make them "
-                "agree"
-            )
+        else:
+            check_pool(pool, loaded, config)
         graphs = not config.enforce_eager and backend.graphs and can_capture(loaded.device)
         self.is_async = config.async_scheduling
         if self.is_async is None:
@@ -102,15 +92,7 @@ class Engine:
         # With tokens in flight a sequence keeps its slot for a step longer than it is computed.
         spare = graphs + self.is_async * config.max_num_seqs
         self.cache = make_cache(loaded, config, self.max_model_len, backend, pool, spare)
-        swap_gib = config.swap_space
-        if swap_gib is None:
-            swap_gib = _SWAP_GIB[loaded.device.type]
-        self.memory = MemoryManager(
-            self.cache,
-            prefix_caching=config.enable_prefix_caching,
-            swap=SwapSpace(int(swap_gib * 2**30), pinned=loaded.device.type == "cuda"),
-            scratch=graphs,
-        )
+        self.memory = make_memory(self.cache, config, graphs=graphs)
         self.scheduler = Scheduler(
             self.memory,
             max_num_seqs=config.max_num_seqs,
@@ -122,16 +104,14 @@ class Engine:
             steps_in_flight=int(self.is_async),
             vocab_size=loaded.vocab_size,
         )
-        self.runner = ModelRunner(
+        self.runner = make_runner(
             loaded,
+            config,
             self.cache,
             backend,
-            max_num_seqs=config.max_num_seqs,
             max_model_len=self.max_model_len,
             scratch_slot=self.memory.scratch_slot,
-            capture_sizes=config.cudagraph_capture_sizes,
             graphs=graphs,
-            forward=model_forward(loaded, config),
         )
         self.runner.capture(show_progress=True)
         self.proposer = self.memory.proposer = make_proposer(

@@ -9,10 +9,13 @@ import torch
 from vattn.attention.base import Backend
 from vattn.config import format_bytes, parse_bytes
 from vattn.engine.config import EngineConfig
+from vattn.engine.memory import MemoryManager
+from vattn.engine.runner import ModelRunner
 from vattn.hf.compiled import COMPILE_DEFAULT, compile_model
 from vattn.hf.model import LoadedModel
 from vattn.kv.cache import KVCache
 from vattn.kv.pool import PagePool, open_driver, shared_pool
+from vattn.kv.swap import SwapSpace
 
 # Slots beside those that may run, to keep finished sequences as prefix cache: addresses only.
 _KEPT_SLOTS_PER_SEQ = 3
@@ -20,6 +23,8 @@ _MIN_KEPT_SLOTS = 64
 # On a GPU, pages are created ahead of need, in the background: creating one costs as much as fifty
 # mappings, and a batch that fills up wants gigabytes in a second.
 AHEAD_BYTES = {"cpu": 0, "cuda": 4 << 30}
+# Beside a GPU; on a CPU it would be the same memory.
+_SWAP_GIB = {"cpu": 0.0, "cuda": 4.0}
 
 
 def model_forward(loaded: LoadedModel, config: EngineConfig) -> Any:
@@ -65,6 +70,28 @@ def make_pool(device: torch.device, config: EngineConfig) -> PagePool:
     )
 
 
+def check_pool(pool: PagePool, loaded: LoadedModel, config: EngineConfig) -> None:
+    """Refuses a pool that a user gave if it cannot be the engine's, or settings that are its own.
+
+    Raises:
+        ValueError: says which.
+    """
+    if (
+        config.page_bytes
+        or config.kv_cache_memory_bytes
+        or config.strict
+        or config.gpu_memory_utilization
+    ):
+        raise ValueError(
+            "page_bytes, kv_cache_memory_bytes, gpu_memory_utilization and strict belong to the "
+            "pool given"
+        )
+    if pool.device != loaded.device:
+        raise ValueError(
+            f"the pool given is on {pool.device}, and the model on {loaded.device}; make them agree"
+        )
+
+
 def make_cache(
     loaded: LoadedModel,
     config: EngineConfig,
@@ -91,6 +118,43 @@ def make_cache(
             if extra == 0:
                 raise
     raise AssertionError("unreachable")
+
+
+def make_memory(cache: KVCache, config: EngineConfig, *, graphs: bool) -> MemoryManager:
+    """Who decides over the cache's slots, with host memory for those who give way."""
+    swap_gib = config.swap_space
+    if swap_gib is None:
+        swap_gib = _SWAP_GIB[cache.device.type]
+    return MemoryManager(
+        cache,
+        prefix_caching=config.enable_prefix_caching,
+        swap=SwapSpace(int(swap_gib * 2**30), pinned=cache.device.type == "cuda"),
+        scratch=graphs,
+    )
+
+
+def make_runner(
+    loaded: LoadedModel,
+    config: EngineConfig,
+    cache: KVCache,
+    backend: Backend,
+    *,
+    max_model_len: int,
+    scratch_slot: int | None,
+    graphs: bool,
+) -> ModelRunner:
+    """Runs the model over the cache; captures no graphs yet."""
+    return ModelRunner(
+        loaded,
+        cache,
+        backend,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        scratch_slot=scratch_slot,
+        capture_sizes=config.cudagraph_capture_sizes,
+        graphs=graphs,
+        forward=model_forward(loaded, config),
+    )
 
 
 def _budget_bytes(config: EngineConfig, driver: Any) -> int | None:

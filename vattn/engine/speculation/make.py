@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from vattn.attention.select import choose
 from vattn.engine.config import EngineConfig
-from vattn.engine.runner import ModelRunner
-from vattn.engine.setup import model_forward
+from vattn.engine.setup import make_runner
 from vattn.engine.speculation.config import SpeculativeConfig
 from vattn.engine.speculation.draft_model import DraftModel
 from vattn.engine.speculation.ngram import NgramProposer
@@ -113,16 +112,14 @@ def _draft_model(
         scratch = config.max_num_seqs
         cache.open(slot=scratch)
         cache.ensure(scratch, 1)
-    runner = ModelRunner(
+    runner = make_runner(
         draft,
+        config,
         cache,
         backend,
-        max_num_seqs=config.max_num_seqs,
         max_model_len=length,
         scratch_slot=scratch,
-        capture_sizes=config.cudagraph_capture_sizes,
         graphs=graphs,
-        forward=model_forward(draft, config),
     )
     runner.capture(show_progress=True)
     return DraftModel(
