@@ -185,6 +185,9 @@ def learning_rate(done: float, peak: float = 3e-3) -> float:
 def save(model: Any, tokenizer: Any, path: Path) -> None:
     """Weights are stored as float16 (4 MB is the limit) and declared float32, as they compute."""
     tokenizer.save_pretrained(path)
+    written = path / "tokenizer.json"  # a third of the size without its indentation
+    compact = json.dumps(json.loads(written.read_text()), ensure_ascii=False, separators=(",", ":"))
+    written.write_text(compact + "\n")
     generation: Any = transformers.GenerationConfig
     model.generation_config = generation(**SPECIAL_IDS)
     model.half().save_pretrained(path)
