@@ -12,7 +12,7 @@ import numpy as np
 from bench.common import Json, quartiles
 from bench.model_args import quantiles
 from bench.steps import Mode
-from vattn.engine import engine as engine_module
+from vattn.engine import setup
 from vattn.engine.config import EngineConfig
 from vattn.engine.engine import Engine
 from vattn.hf.compiled import CompiledModel
@@ -59,7 +59,7 @@ def engine_steps(
         attention_backend=backend,
         **mode.engine_options(),
     )
-    with mock.patch.object(engine_module, "model_forward", return_value=forward):
+    with mock.patch.object(setup, "model_forward", return_value=forward):
         engine = Engine(loaded, config)
     try:
         requests = []
