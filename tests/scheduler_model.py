@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from hypothesis import HealthCheck, settings
+
 from tests.beam_model import beam_candidates
 from vattn.engine.beams import BeamGroup, Candidates
 from vattn.engine.gangs import absent, mates
@@ -443,3 +445,15 @@ def assert_answered(request: Request, *, smallest_budget: int, page_tokens: int)
         assert "budget" in request.error
         assert -(-request.limit // page_tokens) > smallest_budget
     assert (request.finish_reason is FinishReason.ERROR) == (request.error is not None)
+
+
+def machine_settings(max_examples: int) -> settings:
+    """How state machines run: the same examples each time, whatever the clock says."""
+    return settings(
+        max_examples=max_examples,
+        stateful_step_count=40,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )

@@ -11,7 +11,7 @@ import pytest
 
 import vattn
 from bench.decoding_speculation import TEXTS
-from tests.engine_cases import fresh_model, make_llm
+from tests.engine_cases import fresh_model, greedy, make_llm, mixed_cases
 from tests.models import one_thread
 from vattn.engine.speculation.ngram import NgramProposer
 from vattn.engine.speculation.proposer import most_drafts
@@ -138,3 +138,16 @@ def whole_texts(outputs: Sequence[RequestOutput]) -> Callable[[Request], Sequenc
 def llm_with(family: str, speculative_config: Any, **options: Any) -> vattn.LLM:
     """An engine of the tests, which may speculate."""
     return make_llm(family, speculative_config=speculative_config, **options)
+
+
+def known_text(family: str, new: int, **options: Any) -> tuple[list[list[int]], Any, Any]:
+    """A prompt, what it becomes, and how that is asked for."""
+    prompts = [list(mixed_cases(family)[0].prompt)]
+    outputs = generate(make_llm(family), prompts, [greedy(new + 8)])
+    return prompts, whole_texts(outputs), [greedy(new, **options)]
+
+
+def known_outputs(prompts: list[list[int]], known: Any) -> list[int]:
+    """The new tokens of such a text."""
+    request = Request("x", prompts[0], SamplingParams(), 999)
+    return list(known(request))[len(prompts[0]) :]

@@ -6,12 +6,11 @@ everything has been answered once and no page is left.
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 
 from tests.beam_model import expected_search, found_search, make_search
-from tests.scheduler_model import assert_answered
+from tests.scheduler_model import assert_answered, machine_settings
 from tests.test_scheduler_machine import PAGE_TOKENS, SchedulerMachine, prompts
 from vattn.engine.beams import BeamGroup
 from vattn.request import FinishReason
@@ -124,11 +123,4 @@ def assert_searched(group: BeamGroup, *, smallest_budget: int) -> None:
 
 
 TestBeams = BeamMachine.TestCase
-TestBeams.settings = settings(
-    max_examples=80,
-    stateful_step_count=40,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+TestBeams.settings = machine_settings(80)

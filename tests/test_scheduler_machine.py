@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -23,6 +23,7 @@ from tests.scheduler_model import (
     FakeMemory,
     assert_answered,
     expected_tokens,
+    machine_settings,
     make_request,
 )
 from vattn.request import FinishReason, Request
@@ -190,14 +191,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(
-    max_examples=400,
-    stateful_step_count=40,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+TestScheduler.settings = machine_settings(400)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)

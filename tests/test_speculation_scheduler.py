@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
@@ -14,6 +13,7 @@ from tests.scheduler_model import (
     FakeEngine,
     FakeMemory,
     expected_tokens,
+    machine_settings,
     make_request,
     next_token,
 )
@@ -278,11 +278,4 @@ def gambler(seed: int, most: int) -> Callable[[Request], list[int]]:
 
 
 TestSpeculation = SpeculatingMachine.TestCase
-TestSpeculation.settings = settings(
-    max_examples=300,
-    stateful_step_count=40,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+TestSpeculation.settings = machine_settings(300)

@@ -11,24 +11,18 @@ import torch
 
 from vattn.attention.upload import Uploader
 from vattn.engine.pieces import pieces
-from vattn.engine.processors import Ids, PerRequest, places
+from vattn.engine.processors import Ids, OwnProcessor, PerRequest, places
 from vattn.request import Request
 
 # Tokens of a row that are listed anew whenever rows change; a mask is no more than these lists.
 _MOST_LISTED = 1024
 
 
-class AllowedTokens:
-    """No token but those of ``allowed_token_ids``.
-
-    Args:
-        vocab_size: logits per row.
-        upload: to the device.
-    """
+class AllowedTokens(OwnProcessor):
+    """No token but those of ``allowed_token_ids``."""
 
     def __init__(self, vocab_size: int, upload: Uploader) -> None:
-        self._vocab_size = vocab_size
-        self._upload = upload
+        super().__init__(vocab_size, upload)
         self._sets = PerRequest(self._of)
         # Those in use, by the identity of what they were made of, which they hold.
         self._known: WeakValueDictionary[int, _Allowed] = WeakValueDictionary()

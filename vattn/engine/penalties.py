@@ -16,28 +16,23 @@ import numpy.typing as npt
 import torch
 
 from vattn.attention.upload import Uploader
-from vattn.engine.processors import PerRequest, places
+from vattn.engine.processors import OwnProcessor, PerRequest, places
 from vattn.request import Request
 
 # New tokens per row that there is room for before everything is laid out anew.
 _ROOM = 64
 
 
-class Penalties:
+class Penalties(OwnProcessor):
     """``repetition_penalty``, ``frequency_penalty`` and ``presence_penalty``, in vLLM's order.
 
     The first is on tokens of the prompt and the output and divides positive logits and multiplies
     others; the other two are on tokens of the output and are taken off, the former once for each
     time. All tokens of these requests have arrived; none of them verifies drafts.
-
-    Args:
-        vocab_size: logits per row.
-        upload: to the device.
     """
 
     def __init__(self, vocab_size: int, upload: Uploader) -> None:
-        self._vocab_size = vocab_size
-        self._upload = upload
+        super().__init__(vocab_size, upload)
         self._histories = PerRequest(_History)
         self._rows: list[_Row] = []
         self._used = 0  # entries of the tensors below

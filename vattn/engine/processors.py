@@ -41,6 +41,19 @@ class LogitsProcessor(Protocol):
         ...
 
 
+class OwnProcessor:
+    """What the sampler's own processors are made with.
+
+    Args:
+        vocab_size: logits per row.
+        upload: to the device.
+    """
+
+    def __init__(self, vocab_size: int, upload: Uploader) -> None:
+        self._vocab_size = vocab_size
+        self._upload = upload
+
+
 class PerRequest(Generic[T]):
     """Something made once for each request, and forgotten some time after the request has ended."""
 
@@ -67,17 +80,11 @@ class PerRequest(Generic[T]):
             del self._made[request]
 
 
-class BadWords:
-    """No token that would complete one of ``bad_words`` in the output.
-
-    Args:
-        vocab_size: logits per row.
-        upload: to the device.
-    """
+class BadWords(OwnProcessor):
+    """No token that would complete one of ``bad_words`` in the output."""
 
     def __init__(self, vocab_size: int, upload: Uploader) -> None:
-        self._vocab_size = vocab_size
-        self._upload = upload
+        super().__init__(vocab_size, upload)
         self._words = PerRequest(_Words)
         self._always: torch.Tensor | None = None
         self._watched: list[tuple[int, Request, _Words]] = []  # that have words of several tokens
@@ -134,17 +141,11 @@ class _Words:
                 yield last
 
 
-class MinTokens:
-    """No token that would end a request before it has ``min_tokens``.
-
-    Args:
-        vocab_size: logits per row.
-        upload: to the device.
-    """
+class MinTokens(OwnProcessor):
+    """No token that would end a request before it has ``min_tokens``."""
 
     def __init__(self, vocab_size: int, upload: Uploader) -> None:
-        self._vocab_size = vocab_size
-        self._upload = upload
+        super().__init__(vocab_size, upload)
         self._waiting: list[tuple[int, Request, int]] = []  # row, request, length that it waits for
         self._masked: list[int] = []  # rows that `_at` masks
         self._at: torch.Tensor | None = None
@@ -179,17 +180,11 @@ class MinTokens:
         logits.view(-1).index_fill_(0, self._at, -math.inf)
 
 
-class LogitBias:
-    """Adds ``logit_bias``. What is ruled out stays so.
-
-    Args:
-        vocab_size: logits per row.
-        upload: to the device.
-    """
+class LogitBias(OwnProcessor):
+    """Adds ``logit_bias``. What is ruled out stays so."""
 
     def __init__(self, vocab_size: int, upload: Uploader) -> None:
-        self._vocab_size = vocab_size
-        self._upload = upload
+        super().__init__(vocab_size, upload)
         self._biases = PerRequest(_biases)
         self._at: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
