@@ -105,13 +105,15 @@ def test_samples_of_one_prompt(family: str) -> None:
 
 
 @FAMILY
-def test_one_wiped_token_is_seen(family: str) -> None:
-    """These texts depend on the cache: with one token of it gone they are others."""
+def test_wiped_tokens_are_seen(family: str) -> None:
+    """These texts depend on the cache: with one token of it gone, or ten, they are others."""
     cases = [case for case in mixed_cases(family) if len(case.prompt) == 40]
     llm = make_llm(family, enable_prefix_caching=False)
     engine: Any = llm.engine
     wiped: set[str] = set()
     launch = engine.runner.run
+    # A trained model often says the same without one of them.
+    end = 40 if family == EMBEDDED else 31
 
     def wipe_then_run(*arguments: Any) -> Any:
         for request in list(engine.memory._owners.values()):
@@ -121,8 +123,8 @@ def test_one_wiped_token_is_seen(family: str) -> None:
                 for layer in range(len(engine.cache.specs)):
                     first = engine.cache.first_token(request.slot, layer)
                     k, v = engine.cache.view(request.slot, layer)
-                    k[30 - first] = 0
-                    v[30 - first] = 0
+                    k[30 - first : end - first] = 0
+                    v[30 - first : end - first] = 0
         return launch(*arguments)
 
     engine.runner.run = wipe_then_run
@@ -130,6 +132,6 @@ def test_one_wiped_token_is_seen(family: str) -> None:
     assert len(wiped) == len(cases)
     wanted = reference(family)
     same = [o.outputs[0].token_ids == wanted[c] for o, c in zip(outputs, cases, strict=True)]
-    # Of random weights nearly every text differs; a trained model often says the same all the same.
+    # Of random weights nearly every text differs; a trained model may say the same all the same.
     assert sum(same) < len(cases) if family == EMBEDDED else sum(same) <= len(cases) // 4, same
     finish(llm)
