@@ -25,7 +25,7 @@ from tests.models import CONFIGS, make_model, one_thread
 from tests.models import engine_model as graph_model
 from tests.recorded_graph import RecordedGraph, flash2
 from tests.speculation_cases import assert_same, generate, llm_with
-from vattn.engine import buckets, engine, graphs
+from vattn.engine import buckets, graphs, setup
 from vattn.engine.speculation import make
 from vattn.engine.speculation.draft_model import DraftModel
 from vattn.request import Request
@@ -182,7 +182,7 @@ def test_another_vocabulary_is_refused() -> None:
 def test_its_steps_run_as_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buckets, "_SHORTEST", 32)
     monkeypatch.setattr(graphs, "graph_maker", lambda device: RecordedGraph)
-    for module in (engine, make):
+    for module in (setup, make):
         monkeypatch.setattr(module, "choose", lambda specs, *_, **__: flash2(specs))
 
     def texts(**options: Any) -> tuple[vattn.LLM, list[list[int]]]:
@@ -199,7 +199,7 @@ def test_its_steps_run_as_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         return llm, [o.outputs[0].token_ids for o in generate(llm, prompts, [greedy(24)] * 7)]
 
     wanted = texts(enforce_eager=True)[1]
-    monkeypatch.setattr(engine, "can_capture", lambda device: True)
+    monkeypatch.setattr(setup, "can_capture", lambda device: True)
     llm, found = texts(cudagraph_capture_sizes=[1, 4])
     assert found == wanted
     stats = draft_of(llm).runner.graph_stats

@@ -19,6 +19,8 @@ from vattn.engine import beam_search
 from vattn.engine.config import EngineConfig
 from vattn.engine.engine import Engine
 from vattn.engine.prompts import Prompt, as_prompts, check_timeout, one_each, parse_prompt
+from vattn.engine.setup import virtual_storage
+from vattn.engine.storage import MakeStorage
 from vattn.hf.attention import taken_over
 from vattn.hf.model import load_model, load_tokenizer
 from vattn.kv.pool import PagePool
@@ -68,6 +70,8 @@ class LLM:
         device: None for the GPU where there is one.
         revision: of a Hub model.
         pool: physical memory to share with other caches on the device; None for one of its own.
+        storage: where K and V are kept, for those who bring a cache or policy of their own; see
+            :mod:`vattn.engine.storage`.
         options: see :class:`vattn.engine.config.EngineConfig`; ``max_model_len``,
             ``max_num_seqs``, ``max_num_batched_tokens``, ``gpu_memory_utilization``,
             ``kv_cache_memory_bytes``, ``swap_space``, ``enable_prefix_caching``, ``seed``, ...
@@ -88,6 +92,7 @@ class LLM:
         device: str | torch.device | None = None,
         revision: str | None = None,
         pool: PagePool | None = None,
+        storage: MakeStorage = virtual_storage,
         **options: Any,
     ) -> None:
         config = EngineConfig(**_known(options))
@@ -104,7 +109,7 @@ class LLM:
                 self.tokenizer = load_tokenizer(
                     model if tokenizer is None else tokenizer, revision=revision
                 )
-            self.engine = Engine(loaded, config, self.tokenizer, pool)
+            self.engine = Engine(loaded, config, self.tokenizer, pool, storage)
         self._ids = itertools.count()
         self._steps = 0  # of all calls; tells a stream that another call has made one
         self._closed = False

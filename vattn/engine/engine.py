@@ -8,37 +8,35 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from vattn._core import DriverError
-from vattn.attention.select import choose
 from vattn.attention.upload import Uploader
 from vattn.engine.batch import StepBatch, pack
 from vattn.engine.beam_scores import BeamScorer
 from vattn.engine.config import EngineConfig
 from vattn.engine.grammars import GrammarCompiler
-from vattn.engine.graphs import can_capture
 from vattn.engine.intake import Intake
+from vattn.engine.memory import MemoryManager
 from vattn.engine.outputs import OutputProcessor
 from vattn.engine.sampled import Arriving, HostSampled, Sampled
 from vattn.engine.sampler import Sampler
 from vattn.engine.scheduler import Plan, Scheduler
 from vattn.engine.setup import (
-    check_pool,
-    make_cache,
-    make_memory,
-    make_pool,
     make_runner,
     max_model_len,
+    virtual_storage,
 )
 from vattn.engine.speculation.make import draft_taken_over, load_draft, make_proposer
 from vattn.engine.speculation.proposer import Proposer
 from vattn.engine.steps import NO_TOKEN
+from vattn.engine.storage import MakeStorage, StorageNeeds
 from vattn.engine.structured import StructuredMasks, explain
 from vattn.engine.structured import ended as ended_by_grammar
 from vattn.hf.model import LoadedModel
+from vattn.kv.cache import KVCache
 from vattn.kv.pool import PagePool
 from vattn.metrics import EngineStats
 from vattn.request import FinishReason, Request, Status
@@ -59,6 +57,7 @@ class Engine:
         config: settings.
         tokenizer: for text; None for token ids only.
         pool: physical memory to share with other caches; None for one of its own.
+        make_storage: where K and V are kept; see :mod:`vattn.engine.storage`.
 
     Raises:
         ValueError: settings that the model or the device cannot meet.
@@ -70,29 +69,26 @@ class Engine:
         config: EngineConfig,
         tokenizer: Any = None,
         pool: PagePool | None = None,
+        make_storage: MakeStorage = virtual_storage,
     ) -> None:
         self.loaded = loaded
         self.config = config
         with self._on_device(), draft_taken_over(config):
-            self._build(tokenizer, pool)
+            self._build(tokenizer, pool, make_storage)
 
-    def _build(self, tokenizer: Any, pool: PagePool | None) -> None:
+    def _build(self, tokenizer: Any, pool: PagePool | None, make_storage: MakeStorage) -> None:
         loaded, config = self.loaded, self.config
         self.max_model_len = max_model_len(loaded, config)
-        backend = choose(loaded.specs, loaded.device, config.order, name=config.attention_backend)
         draft = load_draft(config, loaded)
-        if pool is None:
-            pool = make_pool(loaded.device, config)
-        else:
-            check_pool(pool, loaded, config)
-        graphs = not config.enforce_eager and backend.graphs and can_capture(loaded.device)
         self.is_async = config.async_scheduling
         if self.is_async is None:
             self.is_async = loaded.device.type == "cuda" and config.speculative_config is None
-        # With tokens in flight a sequence keeps its slot for a step longer than it is computed.
-        spare = graphs + self.is_async * config.max_num_seqs
-        self.cache = make_cache(loaded, config, self.max_model_len, backend, pool, spare)
-        self.memory = make_memory(self.cache, config, graphs=graphs)
+        storage = make_storage(
+            StorageNeeds(loaded, config, self.max_model_len, int(self.is_async), pool)
+        )
+        # Ours, unless another storage was asked for, which has as much of them as is used here.
+        self.cache = cast(KVCache, storage.cache)
+        self.memory = cast(MemoryManager, storage.memory)
         self.scheduler = Scheduler(
             self.memory,
             max_num_seqs=config.max_num_seqs,
@@ -108,14 +104,14 @@ class Engine:
             loaded,
             config,
             self.cache,
-            backend,
+            storage.backend,
             max_model_len=self.max_model_len,
             scratch_slot=self.memory.scratch_slot,
-            graphs=graphs,
+            graphs=storage.graphs,
         )
         self.runner.capture(show_progress=True)
         self.proposer = self.memory.proposer = make_proposer(
-            config, draft, pool, self.max_model_len, graphs=graphs
+            config, draft, storage.pool, self.max_model_len, graphs=storage.graphs
         )
         self._masks = StructuredMasks(loaded.vocab_size, Uploader(loaded.device))
         self.sampler = Sampler(loaded.vocab_size, loaded.device, [self._masks])
@@ -430,7 +426,7 @@ class Engine:
             beams_moved=memory.beams_moved,
             requests_swapped_out=memory.swapped_out,
             requests_swapped_in=memory.swapped_in,
-            swap_used_bytes=self.memory.swap.used_bytes,
+            swap_used_bytes=self.memory.swap_used_bytes,
             graphs_captured=graphs.captured,
             steps_by_graph=graphs.replayed,
             cache=self.cache.stats(),

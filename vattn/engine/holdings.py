@@ -65,6 +65,11 @@ class Holdings:
 
     # Host memory ----------------------------------------------------------------------------------
 
+    @property
+    def swap_used_bytes(self) -> int:
+        """Host memory of those that were swapped out."""
+        return self.swap.used_bytes
+
     def _restore(self, request: Request) -> None:
         """Brings back what was swapped out, beyond what the slot holds already.
 

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 
 from vattn.attention.base import Backend
+from vattn.attention.select import choose
 from vattn.config import format_bytes, parse_bytes
 from vattn.engine.config import EngineConfig
+from vattn.engine.graphs import can_capture
 from vattn.engine.memory import MemoryManager
 from vattn.engine.runner import ModelRunner
+from vattn.engine.storage import Storage, StorageNeeds
 from vattn.hf.compiled import COMPILE_DEFAULT, compile_model
 from vattn.hf.model import LoadedModel
 from vattn.kv.cache import KVCache
@@ -47,6 +50,25 @@ def max_model_len(loaded: LoadedModel, config: EngineConfig) -> int:
     length = asked if asked is not None else limit
     assert length is not None
     return length
+
+
+def virtual_storage(needs: StorageNeeds) -> Storage:
+    """Slots that are contiguous in virtual memory, and the first kernel that can serve the model.
+
+    Raises:
+        ValueError: settings that the model, the device or the pool given cannot meet.
+    """
+    loaded, config, pool = needs.loaded, needs.config, needs.pool
+    backend = choose(loaded.specs, loaded.device, config.order, name=config.attention_backend)
+    if pool is None:
+        pool = make_pool(loaded.device, config)
+    else:
+        check_pool(pool, loaded, config)
+    graphs = not config.enforce_eager and backend.graphs and can_capture(loaded.device)
+    # With tokens in flight a sequence keeps its slot for a step longer than it is computed.
+    spare = graphs + needs.steps_in_flight * config.max_num_seqs
+    cache = make_cache(loaded, config, needs.max_model_len, backend, pool, spare)
+    return Storage(backend, cache, make_memory(cache, config, graphs=graphs), graphs, pool)
 
 
 def make_pool(device: torch.device, config: EngineConfig) -> PagePool:

@@ -57,7 +57,7 @@ def load_draft(config: EngineConfig, loaded: LoadedModel) -> LoadedModel | None:
 def make_proposer(
     config: EngineConfig,
     draft: LoadedModel | None,
-    pool: PagePool,
+    pool: PagePool | None,
     max_model_len: int,
     *,
     graphs: bool,
@@ -67,18 +67,24 @@ def make_proposer(
     Args:
         config: of the engine.
         draft: as :func:`load_draft` gives it.
-        pool: of the engine's KV cache.
+        pool: of the engine's KV cache; None if it has none.
         max_model_len: longest sequence in tokens.
         graphs: decode steps run as CUDA graphs.
 
     Raises:
-        ValueError: a draft model that no attention backend can serve.
+        ValueError: a draft model that no attention backend can serve, or without a pool for its
+            pages.
     """
     wanted = config.speculative_config
     if wanted is None:
         return None
     assert isinstance(wanted, SpeculativeConfig)
     if draft is not None:
+        if pool is None:
+            raise ValueError(
+                "a draft model takes its pages from the engine's pool, and this storage has none; "
+                'use {"method": "ngram"}, or leave speculative_config out'
+            )
         return _draft_model(config, wanted, draft, pool, max_model_len, graphs=graphs)
     assert wanted.prompt_lookup_min is not None
     assert wanted.prompt_lookup_max is not None

@@ -1,0 +1,1 @@
+"""The baseline: a KV cache of blocks and block tables, behind the engine's memory protocol."""
