@@ -22,7 +22,7 @@ STAMP_DEV := $(VENV)/.stamp-dev
 CONFIGURE = $(CMAKE) -S . -G Ninja -DVATTN_BUILD_TESTS=ON \
 	-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 
-.PHONY: help demo test dev lint format fake stress stress-allocator test-sanitize soak gpu-check bench report clean
+.PHONY: help demo test dev lint format fake stress stress-allocator test-sanitize soak gpu-check bench bench-small report clean
 .DELETE_ON_ERROR:
 
 help:
@@ -36,6 +36,7 @@ help:
 	@echo "make soak           10,000 random requests with faults, cancellations and moving budgets"
 	@echo "make gpu-check      what a GPU can show in nine minutes; needs no network"
 	@echo "make bench          the benchmarks, tables and results/*.json"
+	@echo "make bench-small    every level of the comparison with paged memory, in three minutes"
 	@echo "make report         the README's GPU tables and the plots, from bench/results"
 	@echo "make clean          remove build products; rm -r $(VENV) removes the environment too"
 
@@ -123,6 +124,12 @@ bench: $(STAMP_DEV)
 	$(BIN)/python -m bench.offline --json results/offline.json
 	$(BIN)/python -m bench.allocator --json results/allocator.json
 	$(BIN)/python -m bench.decoding --json results/decoding.json
+
+# To see that every level runs; what it measures at this size means nothing.
+LEVELS := kernels memory offline serving allocator ablations peers
+bench-small: fake
+	for level in $(LEVELS); do $(BIN)/python -m bench $$level --small --device cpu \
+		--json results/small/$$level.json --plot results/small/$$level.svg || exit 1; done
 
 report: $(STAMP_DEV)
 	$(BIN)/python -m bench.report

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     names = ("vattn", "torch", "transformers", "numpy", "triton", "flash-attn", "vllm")
-    for name in (*names, "cuda-bindings"):
+    for name in (*names, "flashinfer-python", "nano-vllm", "cuda-bindings"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

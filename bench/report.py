@@ -1,6 +1,6 @@
-"""The README's GPU tables and the plots, from ``bench/results/<gpu>/`` and from nothing else.
+"""The README's GPU tables, those of the levels, and the plots, from committed results alone.
 
-    python -m bench.report                                # rewrites README.md and docs/images
+    python -m bench.report                # rewrites README.md, docs/benchmarks.md and docs/images
     python -m bench.report --check                        # fails if they are not as it writes
     python -m bench.report --collect results/nvidia-h200  # takes over what a gpu-check measured
     python -m bench.report --suggest bench/results/nvidia-h200/layout.json
@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import report_plots
+from bench import report_levels, report_plots
 from bench.common import Json
 from bench.provenance import ROOT
 from bench.report_files import StageFile, collect, gpu_folders, load
@@ -74,7 +74,7 @@ def problems(root: Path) -> list[str]:
     names, there = plot_names(gpus), {p.name for p in (root / IMAGES).glob("gpu-*.svg")}
     found += [f"{IMAGES}/{name} is missing; run make report" for name in sorted(names - there)]
     found += [f"{IMAGES}/{name} has no result; run make report" for name in sorted(there - names)]
-    return found
+    return found + report_levels.problems(root)
 
 
 def update(root: Path) -> None:
@@ -88,6 +88,7 @@ def update(root: Path) -> None:
     for plot in (root / IMAGES).glob("gpu-*.svg"):
         if plot.name not in names:
             plot.unlink()
+    report_levels.update(root)
 
 
 def suggestion(path: Path) -> Json:
@@ -137,7 +138,7 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
             print_suggestion(args.suggest)
         elif args.check:
             found = problems(root)
-            print("\n".join(found) or "README.md and the plots are what the results say")
+            print("\n".join(found) or "the tables and the plots are what the results say")
             return 1 if found else 0
         else:
             update(root)

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from bench.__main__ import parse
 from bench.gpu import check, written
 from bench.gpu.check import Outcome, Run
 from bench.gpu.stages import GROUPS, STAGES, TOTAL_S, Stage, asked_for, limit_of
+from bench.levels import registry
 from bench.provenance import ROOT, git_commit
 
 KEYS = {
@@ -56,7 +58,8 @@ def test_every_stage_has_its_time_whatever_came_before(names: tuple[str, ...]) -
 
 def test_the_groups_and_what_is_compiled_leave_no_stage_out() -> None:
     grouped = {name for names in GROUPS.values() for name in names}
-    assert grouped | {"compile"} == {stage.name for stage in STAGES}
+    alone = {"compile", "level-allocator"}
+    assert grouped | alone == {stage.name for stage in STAGES}
     for names in GROUPS.values():
         assert [stage.name for stage in asked_for(names)] == sorted(names, key=_order)
     assert all(names[0] == "build" for names in GROUPS.values())
@@ -96,7 +99,13 @@ def test_every_file_of_gpu_tests_belongs_to_one_stage() -> None:
 def test_what_a_stage_runs_exists(stage: Stage) -> None:
     words = stage.words("results.json", 100)
     module = words[words.index("-m") + 1]
-    if module.startswith("bench."):
+    if module == "bench":  # a level: its arguments are read as there, its rows are its own
+        level = registry.load(words[2])
+        assert stage.rows == level.rows
+        args = parse(level, words[3:])
+        assert args.json == Path("results.json")
+        assert stage.name == "-".join(["level", level.name, *filter(None, [args.preset])])
+    elif module.startswith("bench."):
         assert ROOT.joinpath(*module.split(".")).with_suffix(".py").exists()
         assert "{json}" not in words
         assert "results.json" in words

@@ -5,11 +5,14 @@
     python -m bench.gpu.check --group sampling     # decoding parameters, beams, speculation
     python -m bench.gpu.check --group decode       # decode, prefill, allocator-bench
     python -m bench.gpu.check --group serving      # layout, workload, mapping, vmm, ...
+    python -m bench.gpu.check --group levels       # against paged memory: kernels, memory, offline
+    python -m bench.gpu.check --group levels-served  # and: serving, ablations, peers
+    python -m bench.gpu.check --group papers       # the experiments of the vAttention paper
     python -m bench.gpu.check --only compile       # one stage (repeatable)
     python -m bench.gpu.check --rehearse           # on a CPU, at tiny settings: no figures
 
-One run has no time for everything: in the four groups, nine minutes each, a stage shares the time
-with few others, and with "--only build --only compile" they leave nothing out.
+One run has no time for everything: in the groups, nine minutes each, a stage shares the time
+with few others; they leave out "compile" and "level-allocator", which are asked for by --only.
 
 Each stage has a time limit and writes ``DIR/<stage>.json`` as soon as it ends, so a run that is cut
 short, by a signal too, leaves what it finished. Without a GPU every stage is listed as skipped, and
@@ -34,6 +37,18 @@ compile  * bench.compile: torch.compile around the attention call, on and off
 jitter   * bench.jitter: what mapping beside a decode step does to its length
 allocator-bench* bench.allocator_gpu: training steps and fragmentation, against PyTorch's allocators
 allocator-memcheck* bench.gpu.memcheck_allocator: a short program under compute-sanitizer
+level-kernels* bench kernels: attention on contiguous and on paged K and V, kernel by kernel
+level-kernels-paper-prefill* the same as in the paper's prefill experiment
+level-kernels-paper-decode* and in its decode experiment
+level-memory* bench memory: waste, batch sizes, driver calls, block tables
+level-memory-paper-allocation* rate and latency of allocation
+level-memory-paper-fragmentation* most requests in a batch by page size
+level-offline* bench offline: requests per minute, contiguous and paged
+level-offline-paper-offline* long contexts in batches
+level-serving* bench serving: arrivals in time, latencies, goodput
+level-allocator* bench allocator: PyTorch's memory
+level-ablations* bench ablations: what each choice of ours is worth
+level-peers* bench peers: transformers, vLLM, nano-vllm where they are installed
 """
 
 from __future__ import annotations

@@ -96,6 +96,21 @@ def _timed(module: str) -> tuple[str, ...]:
 # Seconds to build a model and run it a little, on a CPU.
 _TINY = ("--device", "cpu", "--shape", "tiny-llama")
 
+
+def _level(name: str, least_s: float, most_s: float, rows: tuple[str, ...], *preset: str) -> Stage:
+    """A level of the comparison with paged memory, or one of its presets."""
+    words = ("--preset", *preset) if preset else ()
+    return Stage(
+        "-".join(("level", name, *preset)),
+        least_s,
+        most_s,
+        command=("-m", "bench", name, *words, "--budget-s", "{budget}", "--json", "{json}"),
+        rehearsal=("--device", "cpu", "--small"),
+        rows=rows,
+        alone=True,
+    )
+
+
 # Correctness first, then what decides most. A stage may use what earlier ones left over. The least
 # times of those that are not "alone" leave over a minute of TOTAL_S for what takes longer.
 STAGES = (
@@ -232,6 +247,18 @@ STAGES = (
         rehearsal=("--run", "--device", "cpu"),
         alone=True,
     ),
+    _level("kernels", 120, 300, ("cells",)),
+    _level("kernels", 120, 240, ("cells",), "paper-prefill"),
+    _level("kernels", 90, 180, ("cells",), "paper-decode"),
+    _level("memory", 40, 120, ("cells",)),
+    _level("memory", 30, 90, ("cells",), "paper-allocation"),
+    _level("memory", 30, 90, ("cells",), "paper-fragmentation"),
+    _level("offline", 150, 300, ("cells",)),
+    _level("offline", 120, 300, ("cells",), "paper-offline"),
+    _level("serving", 120, 240, ("cells",)),
+    _level("allocator", 30, 90, ("cells",)),
+    _level("ablations", 100, 240, ("cells",)),
+    _level("peers", 100, 240, ("cells",)),
 )
 
 # What one run has time for, with more than the least time for each stage.
@@ -243,6 +270,13 @@ GROUPS = {
     "sampling": ("build", "sampling"),
     "decode": ("build", "decode", "prefill", "allocator-bench"),
     "serving": ("build", "layout", "workload", "mapping", "vmm", "allocator-memcheck"),
+    "levels": ("build", "level-kernels", "level-memory", "level-offline"),
+    "levels-served": ("build", "level-serving", "level-ablations", "level-peers"),
+    "papers": (
+        *("build", "level-kernels-paper-prefill", "level-kernels-paper-decode"),
+        *("level-memory-paper-allocation", "level-memory-paper-fragmentation"),
+        "level-offline-paper-offline",
+    ),
 }
 
 
