@@ -143,6 +143,14 @@ void bind_kept(py::class_<SlotSpace, std::shared_ptr<SlotSpace>>& space) {
       .def("reopen", &SlotSpace::reopen, py::arg("slot"), py::arg("tokens"), NoGil())
       .def("forget", &SlotSpace::forget, py::arg("slot"), NoGil())
       .def("touch", &SlotSpace::touch, py::arg("slot"), NoGil())
+      .def(
+          "evict_first",
+          [](SlotSpace& s, const Int32Array& slots) {
+            const std::vector<std::int32_t> list = values_of(slots);
+            without_gil([&] { s.evict_first(list); });
+          },
+          py::arg("slots").noconvert())
+      .def("sole_pages", &SlotSpace::sole_pages, py::arg("slot"), NoGil())
       .def("evictions", &SlotSpace::evictions)
       .def(
           "pages_needed_many",
@@ -154,11 +162,11 @@ void bind_kept(py::class_<SlotSpace, std::shared_ptr<SlotSpace>>& space) {
       .def(
           "admission_pages",
           [](SlotSpace& s, std::size_t tokens, std::optional<std::uint32_t> source,
-             std::size_t shared_tokens, bool in_place, std::size_t anchor) {
-            return s.admission_pages({tokens, source, shared_tokens, in_place, anchor});
+             std::size_t shared_tokens, bool in_place, std::size_t anchor, bool new_only) {
+            return s.admission_pages({tokens, source, shared_tokens, in_place, anchor, new_only});
           },
           py::arg("tokens"), py::arg("source") = py::none(), py::arg("shared_tokens") = 0,
-          py::arg("in_place") = false, py::arg("anchor") = 0, NoGil())
+          py::arg("in_place") = false, py::arg("anchor") = 0, py::arg("new_only") = false, NoGil())
       .def("anchor", &SlotSpace::anchor, py::arg("slot"), NoGil())
       .def("saved_bytes", &SlotSpace::saved_bytes, py::arg("slot"), NoGil())
       .def(

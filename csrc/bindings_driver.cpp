@@ -1,4 +1,5 @@
 // Drivers, pool and mapper.
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <chrono>
@@ -38,6 +39,23 @@ std::vector<PageHandle> create_pages(Driver& driver, std::size_t n, std::size_t 
   std::vector<PageHandle> out(n);
   driver.create(out, page_bytes);
   return out;
+}
+
+// One row per call: op, begin_ns, end_ns, bytes, pages, calls, thread, failed.
+py::tuple stop_trace(Driver& driver) {
+  constexpr std::size_t kColumns = 8;
+  const CallTraceResult result = without_gil([&] { return driver.trace().stop(); });
+  py::array_t<std::int64_t> out({result.calls.size(), kColumns});
+  std::int64_t* at = out.mutable_data();
+  for (const CallRecord& call : result.calls) {
+    for (const std::int64_t value :
+         {std::int64_t{call.op}, call.begin_ns, call.end_ns, static_cast<std::int64_t>(call.bytes),
+          std::int64_t{call.pages}, std::int64_t{call.calls}, std::int64_t{call.thread},
+          std::int64_t{call.failed}}) {
+      *at++ = value;
+    }
+  }
+  return py::make_tuple(out, result.dropped);
 }
 
 py::dict pool_stats(PagePool& pool) {
@@ -105,6 +123,10 @@ void bind_driver_class(py::module_& module) {
       .def("destroy_stream", &Driver::destroy_stream, py::arg("stream"), NoGil())
       .def("synchronize", &Driver::synchronize, py::arg("stream") = 0, NoGil())
       .def("counters", &counters)
+      .def(
+          "start_trace", [](Driver& driver, std::size_t most) { driver.trace().start(most); },
+          py::arg("max_calls"), NoGil())
+      .def("stop_trace", &stop_trace)
       .def("usable", &Driver::usable);
 
   module.def(
@@ -141,6 +163,13 @@ void bind_driver(py::module_& module) {
           [](PagePool& pool) {
             const DeviceLock lock = pool.lock();
             return pool.available(lock);
+          },
+          NoGil())
+      .def(
+          "unkept_pages",
+          [](PagePool& pool) {
+            const DeviceLock lock = pool.lock();
+            return pool.unkept(lock);
           },
           NoGil())
       .def(

@@ -3,8 +3,9 @@
 #include <sys/mman.h>
 
 #include <bit>
-#include <chrono>
+#include <exception>
 #include <new>
+#include <optional>
 
 namespace vattn {
 
@@ -15,22 +16,68 @@ const char* op_name(Op op) noexcept {
   return kNames[static_cast<std::size_t>(op)];
 }
 
-// Adds the time between construction and destruction to the counters of one kind.
+// Adds the time between construction and destruction to the counters of one kind, and the call to
+// the trace, if there is one.
 class Driver::Timer {
  public:
-  Timer(Driver& driver, Op op) : slot_(driver.counts_[static_cast<std::size_t>(op)]) {}
+  Timer(Driver& driver, Op op, std::size_t bytes = 0, std::size_t pages = 0)
+      : driver_(driver), op_(op) {
+    if (driver.trace_.on()) [[unlikely]] {
+      traced_.emplace(Traced{bytes, pages, std::uncaught_exceptions(), current_, {}});
+      current_ = this;
+    }
+    start_ns_ = CallTrace::now_ns();
+  }
   ~Timer() {
-    const auto elapsed = std::chrono::steady_clock::now() - start_;
-    const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(elapsed).count();
-    slot_.ns.fetch_add(static_cast<std::uint64_t>(ns), std::memory_order_relaxed);
+    const std::int64_t end_ns = CallTrace::now_ns();
+    driver_.counts_[static_cast<std::size_t>(op_)].ns.fetch_add(
+        static_cast<std::uint64_t>(end_ns - start_ns_), std::memory_order_relaxed);
+    if (traced_) [[unlikely]] {
+      tell(end_ns);
+    }
   }
   Timer(const Timer&) = delete;
   Timer& operator=(const Timer&) = delete;
 
+  // The latest of this thread that is traced and belongs to `driver`; null if there is none.
+  static Timer* of(const Driver& driver) noexcept {
+    return current_ != nullptr && &current_->driver_ == &driver ? current_ : nullptr;
+  }
+  void count(Op op, std::uint64_t calls) noexcept {
+    traced_->calls[static_cast<std::size_t>(op)] += calls;
+  }
+
  private:
-  AtomicCount& slot_;
-  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  struct Traced {
+    std::size_t bytes, pages;
+    int exceptions;
+    Timer* outer;
+    std::array<std::uint64_t, kOps> calls;  // by kind, while this one ran
+  };
+
+  // Calls of another kind, which undid a part of this one, have records of their own.
+  void tell(std::int64_t end_ns) noexcept {
+    current_ = traced_->outer;
+    const bool failed = std::uncaught_exceptions() > traced_->exceptions;
+    for (std::size_t i = 0; i < kOps; ++i) {
+      const bool own = i == static_cast<std::size_t>(op_);
+      if (!own && traced_->calls[i] == 0) continue;
+      driver_.trace_.add({start_ns_, end_ns, own ? traced_->bytes : 0,
+                          static_cast<std::uint32_t>(own ? traced_->pages : 0),
+                          static_cast<std::uint32_t>(traced_->calls[i]), CallTrace::thread_id(),
+                          static_cast<std::uint8_t>(i), own && failed});
+    }
+  }
+
+  static thread_local Timer* current_;
+
+  Driver& driver_;
+  const Op op_;
+  std::optional<Traced> traced_;
+  std::int64_t start_ns_;
 };
+
+thread_local Driver::Timer* Driver::Timer::current_ = nullptr;
 
 namespace {
 constexpr std::size_t kAliveBytes = 4096;
@@ -57,6 +104,12 @@ void Driver::ensure_usable() const {
 
 void Driver::count(Op op, std::uint64_t calls) noexcept {
   counts_[static_cast<std::size_t>(op)].calls.fetch_add(calls, std::memory_order_relaxed);
+  if (!trace_.on()) [[likely]]
+    return;
+  if (Timer* timer = Timer::of(*this)) return timer->count(op, calls);
+  const std::int64_t now_ns = CallTrace::now_ns();  // a call that nobody times
+  trace_.add({now_ns, now_ns, 0, 0, static_cast<std::uint32_t>(calls), CallTrace::thread_id(),
+              static_cast<std::uint8_t>(op), false});
 }
 
 DriverCounters Driver::counters() const noexcept {
@@ -91,13 +144,13 @@ Address Driver::reserve(std::size_t bytes, std::size_t alignment) {
                                 " must be a power of two and a multiple of " +
                                 std::to_string(granularity()));
   }
-  Timer timer(*this, Op::kReserve);
+  Timer timer(*this, Op::kReserve, bytes);
   return do_reserve(bytes, alignment);
 }
 
 void Driver::release(Address base, std::size_t bytes) {
   ensure_usable();
-  Timer timer(*this, Op::kRelease);
+  Timer timer(*this, Op::kRelease, bytes);
   do_release(base, bytes);
 }
 
@@ -105,7 +158,7 @@ void Driver::create(std::span<PageHandle> out, std::size_t page_bytes, Address h
   ensure_usable();
   require_page_size(page_bytes);
   if (out.empty()) return;
-  Timer timer(*this, Op::kCreate);
+  Timer timer(*this, Op::kCreate, out.size() * page_bytes, out.size());
   do_create(out, page_bytes, home);
 }
 
@@ -115,7 +168,7 @@ std::size_t Driver::destroy(std::span<const PageHandle> pages, std::size_t page_
   try {
     ensure_usable();
     require_page_size(page_bytes);
-    Timer timer(*this, Op::kDestroy);
+    Timer timer(*this, Op::kDestroy, pages.size() * page_bytes, pages.size());
     do_destroy(pages, page_bytes, destroyed);
   } catch (...) {
     error = std::current_exception();
@@ -128,7 +181,7 @@ void Driver::map(Address base, std::span<const PageHandle> pages, std::size_t pa
   require_page_size(page_bytes);
   require_page_multiple("map address", base, granularity());
   if (pages.empty()) return;
-  Timer timer(*this, Op::kMap);
+  Timer timer(*this, Op::kMap, pages.size() * page_bytes, pages.size());
   do_map(base, pages, page_bytes);
 }
 
@@ -137,7 +190,7 @@ void Driver::set_access(Address base, std::size_t bytes) {
   require_page_multiple("set_access address", base, granularity());
   require_page_multiple("set_access size", bytes, granularity());
   if (bytes == 0) return;
-  Timer timer(*this, Op::kSetAccess);
+  Timer timer(*this, Op::kSetAccess, bytes);
   do_set_access(base, bytes);
 }
 
@@ -146,7 +199,7 @@ void Driver::unmap(Address base, std::size_t bytes) {
   require_page_multiple("unmap address", base, granularity());
   require_page_multiple("unmap size", bytes, granularity());
   if (bytes == 0) return;
-  Timer timer(*this, Op::kUnmap);
+  Timer timer(*this, Op::kUnmap, bytes);
   do_unmap(base, bytes);
 }
 
@@ -157,14 +210,14 @@ void Driver::copy(Address dst, Address src, std::size_t bytes, Stream stream) {
     throw std::invalid_argument("copy of " + std::to_string(bytes) +
                                 " bytes between overlapping ranges; use disjoint ranges");
   }
-  Timer timer(*this, Op::kCopy);
+  Timer timer(*this, Op::kCopy, bytes);
   do_copy(dst, src, bytes, stream);
 }
 
 void Driver::fill(Address dst, std::uint8_t value, std::size_t bytes, Stream stream) {
   ensure_usable();
   if (bytes == 0) return;
-  Timer timer(*this, Op::kFill);
+  Timer timer(*this, Op::kFill, bytes);
   do_fill(dst, value, bytes, stream);
 }
 
@@ -176,7 +229,7 @@ void Driver::copy_to_host(void* host, Address src, std::size_t bytes, Stream str
   ensure_usable();
   if (bytes == 0) return;
   require_host_memory(host);
-  Timer timer(*this, Op::kCopy);
+  Timer timer(*this, Op::kCopy, bytes);
   do_copy_to_host(host, src, bytes, stream);
 }
 
@@ -184,7 +237,7 @@ void Driver::copy_from_host(Address dst, const void* host, std::size_t bytes, St
   ensure_usable();
   if (bytes == 0) return;
   require_host_memory(host);
-  Timer timer(*this, Op::kCopy);
+  Timer timer(*this, Op::kCopy, bytes);
   do_copy_from_host(dst, host, bytes, stream);
 }
 

@@ -26,6 +26,7 @@
 #include <string>
 #include <utility>
 
+#include "call_trace.h"
 #include "errors.h"
 
 namespace vattn {
@@ -146,6 +147,8 @@ class Driver {
   virtual void synchronize_all() {}
 
   DriverCounters counters() const noexcept;
+  // Every call between its start and its stop, with what it was given; off until then.
+  CallTrace& trace() noexcept { return trace_; }
 
   // Throws DriverError in a child process after fork(): the ranges do not exist there.
   void ensure_usable() const;
@@ -186,6 +189,7 @@ class Driver {
   };
   class Timer;
   std::array<AtomicCount, kOps> counts_;
+  CallTrace trace_;
   // One page that the kernel wipes in a forked child, which makes usable() a plain load.
   volatile const char* alive_ = nullptr;
 };

@@ -1,5 +1,7 @@
 #include "mapper.h"
 
+#include <pthread.h>
+
 namespace vattn {
 
 bool Ticket::done() const {
@@ -89,6 +91,7 @@ void Mapper::drain() {
 }
 
 void Mapper::loop() {
+  ::pthread_setname_np(::pthread_self(), "vattn-mapper");  // for debuggers, profilers and traces
   State& s = *state_;
   std::unique_lock lock(s.mutex);
   for (;;) {

@@ -82,6 +82,11 @@ std::size_t PagePool::available(const DeviceLock& lock) const noexcept {
   return budget_pages_ > live ? budget_pages_ - live : 0;
 }
 
+std::size_t PagePool::unkept(const DeviceLock& lock) const noexcept {
+  const std::size_t pages = available(lock);
+  return pages - std::min(pages, kept_stale_);
+}
+
 // Without those that are in nobody's use though they are not stale.
 std::size_t PagePool::live_pages(const DeviceLock& lock) const noexcept {
   const std::size_t live = created_ - free_.size() - stale_;
@@ -181,8 +186,10 @@ void PagePool::drop_ref(PageId id) noexcept {
 }
 
 void PagePool::add_live(PageId id) noexcept {
-  if (at(id).live++ > 0) return;
+  Page& page = at(id);
+  if (page.live++ > 0) return;
   --stale_;
+  kept_stale_ -= page.kept > 0;
   publish();
 }
 
@@ -191,6 +198,7 @@ void PagePool::drop_live(PageId id) noexcept {
   if (--page.live == 0) {
     page.was_shared = page.was_shared && page.pins > 0;  // an operation may have plans with it
     ++stale_;
+    kept_stale_ += page.kept > 0;
     publish();
   }
   kept_once_changes_ += kept_once(id);
@@ -202,8 +210,14 @@ void PagePool::unpin(PageId id) noexcept {
   page.was_shared = page.was_shared && (page.pins > 0 || page.live > 0);
 }
 
+void PagePool::add_kept(PageId id) noexcept {
+  Page& page = at(id);
+  kept_stale_ += page.kept++ == 0 && page.live == 0;
+}
+
 void PagePool::drop_kept(PageId id) noexcept {
-  --at(id).kept;
+  Page& page = at(id);
+  kept_stale_ -= --page.kept == 0 && page.live == 0;
   kept_once_changes_ += kept_once(id);
 }
 
@@ -375,7 +389,7 @@ void PagePool::check(const DeviceLock&) const {
   const auto require = [](bool holds, const char* what, PageId id) {
     if (!holds) throw InvariantError(std::string("page ") + std::to_string(id) + ": " + what);
   };
-  std::size_t exist = 0, free = 0, stale = 0;
+  std::size_t exist = 0, free = 0, stale = 0, kept = 0;
   for (PageId id = 1; id < pages_.size(); ++id) {
     const Page& page = pages_[id];
     require(page.exists != vacant_.contains(id), "exists and vacant disagree", id);
@@ -387,10 +401,12 @@ void PagePool::check(const DeviceLock&) const {
     exist += page.exists;
     free += page.exists && page.refs == 0;
     stale += page.exists && page.refs > 0 && page.live == 0;
+    kept += page.exists && page.kept > 0 && page.live == 0;
   }
   require(exist == created_, "count of existing pages is wrong", 0);
   require(free == free_.size(), "count of free pages is wrong", 0);
   require(stale == stale_, "count of stale pages is wrong", 0);
+  require(kept == kept_stale_, "count of kept pages is wrong", 0);
   require(pages_[0].refs == 0, "the null page is in use", 0);
 }
 

@@ -141,7 +141,9 @@ class PagePool {
                    Effort most = Effort::kWait);
   // Pages that acquire() could give at most: free, creatable and stale.
   std::size_t available(const DeviceLock&) const noexcept;
-  // Those of them that nobody has mapped: free and creatable.
+  // Those of them that could be had without taking what a free slot keeps, whatever cache it is of.
+  std::size_t unkept(const DeviceLock&) const noexcept;
+  // Those that nobody has mapped: free and creatable.
   std::size_t unclaimed() const noexcept;
 
   // References and uses of one page: live, or kept by a free slot that remembers what is in it. A
@@ -154,7 +156,7 @@ class PagePool {
   bool reclaimable(PageId id) const noexcept { return users(id) == 0 && pages_[id].pins == 0; }
   void add_live(PageId id) noexcept;
   void drop_live(PageId id) noexcept;
-  void add_kept(PageId id) noexcept { ++at(id).kept; }
+  void add_kept(PageId id) noexcept;
   void drop_kept(PageId id) noexcept;
   std::uint32_t refs(PageId id) const noexcept { return pages_[id].refs; }
   std::uint32_t live(PageId id) const noexcept { return pages_[id].live; }
@@ -244,6 +246,7 @@ class PagePool {
   std::size_t budget_pages_;
   std::size_t created_ = 0;  // pages that exist
   std::size_t stale_ = 0;
+  std::size_t kept_stale_ = 0;  // of them, those that somebody keeps
   std::uint64_t kept_once_changes_ = 1;
   std::size_t peak_created_ = 0;
   std::uint64_t created_total_ = 0, destroyed_total_ = 0;

@@ -72,6 +72,7 @@ struct Admission {
   std::size_t shared_tokens = 0;        // how many
   bool in_place = false;                // reopens `source` instead of forking it
   std::size_t anchor = 0;               // as of copy_in(), if it will be restored
+  bool new_only = false;                // without pages of the source that nobody uses now
 };
 
 // Memory for staging copies; grows, and goes back with clear(), which its owner calls with the
@@ -147,6 +148,10 @@ class SlotSpace final : public Reclaimer {
   void reopen(std::uint32_t slot, std::size_t tokens);
   void forget(std::uint32_t slot);  // what it keeps is stale like anything else
   void touch(std::uint32_t slot);   // it is the one used last
+  // These free slots are the ones used longest ago, the first of them before the others.
+  void evict_first(std::span<const std::int32_t> slots);
+  // Pages that come free if only this slot gives up what it keeps.
+  std::size_t sole_pages(std::uint32_t slot);
   // Tokens lost from kept slots so far. Takes no lock.
   std::uint64_t evictions() const noexcept { return evicted_.load(std::memory_order_relaxed); }
 

@@ -118,6 +118,46 @@ void SlotSpace::touch(std::uint32_t slot) {
   s.released_at = ++clock_;
 }
 
+// The others move up behind them, in the order that they have.
+void SlotSpace::evict_first(std::span<const std::int32_t> list) {
+  const DeviceLock lock = enter();
+  std::vector<bool> named(slots());
+  std::vector<std::uint32_t> order;
+  for (const std::int32_t slot : list) {
+    const std::uint32_t index = checked_index(slot);
+    if (slots_[index].open) {
+      throw std::invalid_argument("slot " + std::to_string(slot) +
+                                  " is open, and so in use; only what free slots keep is evicted");
+    }
+    if (!named[index]) order.push_back(index);
+    named[index] = true;
+  }
+  const std::size_t first = order.size();
+  for (std::uint32_t i = 0; i < slots(); ++i) {
+    if (!slots_[i].open && !named[i]) order.push_back(i);
+  }
+  std::sort(order.begin() + static_cast<std::ptrdiff_t>(first), order.end(),
+            [&](std::uint32_t a, std::uint32_t b) {
+              return slots_[a].released_at < slots_[b].released_at;
+            });
+  for (const std::uint32_t slot : order) slots_[slot].released_at = ++clock_;
+}
+
+std::size_t SlotSpace::sole_pages(std::uint32_t slot) {
+  const DeviceLock lock = enter();
+  checked_index(slot);
+  std::size_t pages = 0;
+  for (const Region& region : regions_) {
+    const PageWindow kept = region.kept(slot);
+    for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
+      for (std::uint32_t p = kept.begin; p < kept.end; ++p) {
+        pages += pool_->kept_once(region.at(slot, run * region.pages_per_run() + p));
+      }
+    }
+  }
+  return pages;
+}
+
 // Page counts ------------------------------------------------------------------------------------
 
 // Entries of the slot's windows at another length that lack a page of their own; with `adopted`
@@ -183,7 +223,7 @@ std::size_t SlotSpace::admission_pages(const Admission& a) {
     for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
       for (std::uint32_t p = all.begin; p < held; ++p) {
         const PageId id = region.at(*a.source, run * region.pages_per_run() + p);
-        needed += pool_->live(id) == 0;
+        needed += !a.new_only && pool_->live(id) == 0;
         // The tail: a page of its own in a fork, in place if nobody else must not see it change.
         needed += p >= full && (!a.in_place || pool_->users(id) > 1);
       }

@@ -66,7 +66,7 @@ def test_outputs_are_the_references(variant: str, order: Order) -> None:
 @pytest.mark.usefixtures("readable_holes")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_with_holes_that_may_be_read(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdpa, "_CALL_ELEMENTS", 1e9)  # one call for all, whatever lies between
+    monkeypatch.setattr(sdpa, "CALL_ELEMENTS", 1e9)  # one call for all, whatever lies between
     run(make_world(SdpaBackend(), [VARIANTS[variant]], strict=False))
 
 
@@ -88,7 +88,7 @@ def test_random_steps(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(seed)
     monkeypatch.setattr(sdpa, "_MOST_MASK", int(random.integers(1, 10_000)))
     monkeypatch.setattr(sdpa, "_WINDOW_ROWS", int(random.integers(1, 64)))
-    monkeypatch.setattr(sdpa, "_CALL_ELEMENTS", int(random.integers(1, 5000)))
+    monkeypatch.setattr(sdpa, "CALL_ELEMENTS", int(random.integers(1, 5000)))
     group, kv_heads = random.choice([1, 2, 3], 2)
     base = spec_of(int(group * kv_heads), int(kv_heads), int(random.choice([8, 16, 24])))
     window = int(random.integers(1, 120))

@@ -1,16 +1,19 @@
 """The examples run as a reader would run them."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.models import one_thread
+
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    "name", ["decoding.py", "generate.py", "growing_embedding.py", "own_kernel.py"]
+    "name", ["decoding.py", "generate.py", "growing_embedding.py", "custom_kernel.py"]
 )
 def test_example(name: str) -> None:
     done = subprocess.run(
@@ -22,3 +25,30 @@ def test_example(name: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) > 12
+
+
+def test_a_kernel_of_ones_own_in_triton() -> None:
+    pytest.importorskip("triton")
+    path = ROOT / "examples" / "custom_kernel.py"
+    assert len(path.read_text().splitlines()) < 60
+    done = subprocess.run(
+        [sys.executable, str(path)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Triton agrees with SDPA")
+
+
+def test_policies_of_ones_own_are_better_where_they_should_be() -> None:
+    from examples import custom_policy
+
+    with one_thread():
+        recent = custom_policy.hit_rate(None)
+        assert custom_policy.hit_rate(custom_policy.Frequent()) > recent + 0.05
+        assert custom_policy.hit_rate(custom_policy.Repeated()) > recent + 0.05
+        by_length = custom_policy.mean_ttft_steps(custom_policy.shortest_first)
+        assert by_length < custom_policy.mean_ttft_steps("fcfs")

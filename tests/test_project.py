@@ -24,6 +24,7 @@ PYTHON_LAYERS = (
         "vattn.outputs",
         "vattn.request",
         "vattn.sampling_params",
+        "vattn.tracing",
     },
     {"vattn.kv"},
     {"vattn.attention", "vattn.hf", "vattn.virtual_tensor"},
@@ -41,17 +42,20 @@ NO_TORCH = (
     "vattn/engine/speculation/counts.py",
     "vattn/engine/speculation/proposer.py",
     "vattn/engine/steps.py",
+    "vattn/engine/trace.py",
     "vattn/engine/waiting.py",
+    "vattn/engine/wrapping.py",
     "vattn/kv/prefix.py",
     "vattn/metrics.py",
     "vattn/outputs.py",
     "vattn/request.py",
     "vattn/sampling_params.py",
+    "vattn/tracing.py",
 )
 
 # A file of csrc/ may include its own header and those of the layers before its own.
 CSRC_LAYERS = (
-    {"errors", "index_set", "row_set", "stats_page"},
+    {"call_trace", "errors", "index_set", "row_set", "stats_page"},
     {"driver"},
     {"cuda_api"},
     {"cuda_driver", "host_driver"},

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.scheduler_model import FakeEngine, FakeMemory, expected_tokens, make_request
-from vattn.engine.scheduler import Plan, Scheduler
+from vattn.engine.scheduler import Plan, Policy, Scheduler
 from vattn.engine.waiting import RequestQueue
 from vattn.request import FinishReason, Request, Status
 from vattn.sampling_params import SamplingParams
@@ -480,8 +481,8 @@ def test_a_budget_below_one_request_fails_it_and_not_the_next() -> None:
 
 
 @pytest.mark.parametrize("prefixes", [False, True])
-@pytest.mark.parametrize("policy", ["fcfs", "priority"])
-def test_memory_for_one_serves_all(policy: str, prefixes: bool) -> None:
+@pytest.mark.parametrize("policy", ["fcfs", "priority", lambda request: len(request.prompt_ids)])
+def test_memory_for_one_serves_all(policy: Policy, prefixes: bool) -> None:
     """No starvation: each takes its turn, and nobody's tokens are computed for ever."""
     memory = FakeMemory(budget=5, prefixes=prefixes)
     engine = FakeEngine(memory, max_num_seqs=8, policy=policy)
@@ -547,6 +548,77 @@ def test_the_more_urgent_takes_pages_too() -> None:
     assert "b" not in ids(plan.requests)
     assert ids(engine.run()) == ["urgent", "a", "b"] or ids(engine.ended) == ["a", "urgent", "b"]
     engine.assert_empty()
+
+
+def shortest(request: Request) -> int:
+    return len(request.prompt_ids)
+
+
+def test_a_function_decides_the_order_once_for_each() -> None:
+    asked: list[str] = []
+
+    def rank(request: Request) -> tuple[float, int]:
+        asked.append(request.id)
+        return (-float("inf"), 0) if request.priority else (0.5, len(request.prompt_ids))
+
+    engine = FakeEngine(max_num_seqs=1, policy=rank, stage_ahead=False)
+    for name, length, priority in (("c", 9, 0), ("b", 4, 0), ("also b", 4, 0), ("a", 12, 1)):
+        engine.add(make_request(name, length, priority=priority))
+    assert ids(engine.run()) == ["a", "b", "also b", "c"]
+    assert asked == ["c", "b", "also b", "a"]
+    engine.assert_empty()
+
+
+def test_by_a_function_the_first_takes_the_place_of_the_last() -> None:
+    engine = FakeEngine(max_num_seqs=2, policy=shortest)
+    a, b = make_request("a", 4, 20), make_request("b", 6, 20)
+    engine.add(a, b)
+    engine.step()
+    engine.add(make_request("equal", 6, 20), make_request("short", 2, 3))
+    plan = engine.step()
+    assert {*ids(plan.requests)} == {"a", "short"}
+    assert ids(engine.run()) == ["short", "a", "b", "equal"]
+    assert engine.scheduler.stats().preemptions == 1
+    assert b.tokens == expected_tokens(b)
+    engine.assert_empty()
+
+
+def broken(request: Request) -> float:
+    return 1 / (len(request.prompt_ids) - 4)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (broken, "scheduling_policy=broken failed for this request: ZeroDivisionError"),
+        (lambda request: None, r"<lambda> returned None for this request; a rank is a number, or"),
+        (lambda request: "high", "returned 'high' for this request"),
+        (lambda request: float("nan"), "returned nan"),
+        (lambda request: (), r"returned \(\)"),
+        (lambda request: (1, "b"), r"returned \(1, 'b'\)"),
+        (lambda request: (1, float("nan")), r"returned \(1, nan\)"),
+    ],
+)
+def test_who_has_no_rank_is_refused_alone(policy: Any, message: str) -> None:
+    def of_some(request: Request) -> Any:
+        return 1 if request.id == "other" else policy(request)
+
+    of_some.__qualname__ = policy.__qualname__
+    engine = FakeEngine(policy=of_some)
+    bad = make_request("bad", 4)
+    engine.add(make_request("other", 6))
+    engine.step()
+    with pytest.raises(ValueError, match=message):
+        engine.add(bad)
+    assert ids(engine.run()) == ["other"]
+    engine.assert_empty()
+
+
+def test_ranks_of_every_size_compare() -> None:
+    ranks = {"c": 10**400, "b": 1.5, "a": (1, 5), "d": float("inf"), "first": np.float32(-1)}
+    engine = FakeEngine(max_num_seqs=1, policy=lambda r: ranks[r.id], stage_ahead=False)
+    engine.add(*(make_request(name) for name in ranks))
+    assert ids(engine.run()) == ["first", "a", "b", "c", "d"]
 
 
 def test_no_ping_pong_between_equals() -> None:

@@ -7,6 +7,7 @@ everything has been answered once and no page is left.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ from tests.scheduler_model import (
     machine_settings,
     make_request,
 )
+from vattn.engine.scheduler import Policy
 from vattn.request import FinishReason, Request
 
 PAGE_TOKENS = 4
@@ -39,6 +41,10 @@ prompts = st.builds(
 )
 
 
+def shortest_first(request: Request) -> int:
+    return len(request.prompt_ids)
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests come, run, and go in every way there is."""
 
@@ -49,13 +55,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.requests: list[Request] = []
         self.disturbed = False  # a grow was made to fail, so whoever was alone may have failed
 
+    def make_memory(self, budget: int, slots: int, swap_pages: int, prefixes: bool) -> Any:
+        return FakeMemory(
+            budget, PAGE_TOKENS, slots=slots, swap_pages=swap_pages, prefixes=prefixes
+        )
+
     @initialize(
         budget=st.integers(4, 24),
         swap_pages=st.sampled_from([0, 3, 100]),
         prefixes=st.booleans(),
         max_num_seqs=st.integers(1, 5),
         spare_tokens=st.integers(0, 12),
-        policy=st.sampled_from(["fcfs", "priority"]),
+        policy=st.sampled_from(["fcfs", "priority", shortest_first]),
         chunked=st.booleans(),
         stage_ahead=st.booleans(),
         steps_in_flight=st.integers(0, 1),
@@ -67,14 +78,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefixes: bool,
         max_num_seqs: int,
         spare_tokens: int,
-        policy: str,
+        policy: Policy,
         chunked: bool,
         stage_ahead: bool,
         steps_in_flight: int,
     ) -> None:
-        memory = FakeMemory(
-            budget, PAGE_TOKENS, slots=max_num_seqs + 2, swap_pages=swap_pages, prefixes=prefixes
-        )
+        memory = self.make_memory(budget, max_num_seqs + 2, swap_pages, prefixes)
         self.smallest_budget = budget
         self.engine = FakeEngine(
             memory,

@@ -316,6 +316,14 @@ class CacheMachine(RuleBasedStateMachine):
         else:
             self.cache.touch(slot)
 
+    @rule(slots=st.lists(st.integers(0, SLOTS - 1), max_size=4))
+    def evict_first(self, slots: list[int]) -> None:
+        self.cache.evict_first([slot for slot in slots if slot not in self.seqs.writers])
+        stats, core = self.cache.stats(), self.pool.core
+        kept = stats.kept_bytes // stats.page_bytes
+        assert core.unkept_pages() == max(0, core.available_pages() - kept)
+        assert sum(map(self.cache.sole_pages, range(SLOTS))) <= kept
+
     @precondition(has_open)
     @rule(index=pick, keep=st.booleans())
     def swap_out(self, index: int, keep: bool) -> None:

@@ -19,6 +19,7 @@ from vattn._core import DriverError, InvariantError, OutOfPages, OutOfSlots, Pag
 
 if TYPE_CHECKING:
     from vattn import allocator
+    from vattn.engine.eviction import EvictionPolicy, KeptSequence, PolicyError
     from vattn.hf.cache import VirtualCache
     from vattn.kv.cache import KVCache
     from vattn.kv.layout import LayerSpec
@@ -56,6 +57,9 @@ _HOMES = {
     "CacheStats": "vattn.kv.report",
     "CompletionOutput": "vattn.outputs",
     "EngineStats": "vattn.metrics",
+    "EvictionPolicy": "vattn.engine.eviction",
+    "KeptSequence": "vattn.engine.eviction",
+    "PolicyError": "vattn.engine.eviction",
     "KVCache": "vattn.kv.cache",
     "LLM": "vattn.llm",
     "LayerSpec": "vattn.kv.layout",
@@ -83,9 +87,11 @@ __all__ = [
     "CompletionOutput",
     "DriverError",
     "EngineStats",
+    "EvictionPolicy",
     "InvariantError",
     "KVCache",
     "KVUsage",
+    "KeptSequence",
     "LayerSpec",
     "Logprob",
     "MemoryMap",
@@ -94,6 +100,7 @@ __all__ = [
     "PagePool",
     "PageState",
     "PagesGone",
+    "PolicyError",
     "PoolStats",
     "RequestOutput",
     "RequestOutputKind",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -21,6 +22,7 @@ from vattn.engine.engine import Engine
 from vattn.engine.prompts import Prompt, as_prompts, check_timeout, one_each, parse_prompt
 from vattn.engine.setup import virtual_storage
 from vattn.engine.storage import MakeStorage
+from vattn.engine.trace import EngineTrace
 from vattn.hf.attention import taken_over
 from vattn.hf.model import load_model, load_tokenizer
 from vattn.kv.pool import PagePool
@@ -29,6 +31,7 @@ from vattn.metrics import EngineStats
 from vattn.outputs import BeamSearchOutput, RequestOutput
 from vattn.request import Request
 from vattn.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from vattn.tracing import DEFAULT_MAX_EVENTS, TraceSummary
 
 Params: TypeAlias = "SamplingParams | Sequence[SamplingParams] | None"
 
@@ -113,6 +116,7 @@ class LLM:
         self._ids = itertools.count()
         self._steps = 0  # of all calls; tells a stream that another call has made one
         self._closed = False
+        self._trace: EngineTrace | None = None
 
     @property
     def model(self) -> Any:
@@ -362,11 +366,78 @@ class LLM:
         self._check_open()
         self.engine.memory.reset_prefix_cache()
 
+    # Traces ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def trace(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        kernels: bool = False,
+        max_events: int = DEFAULT_MAX_EVENTS,
+    ) -> Iterator[None]:
+        """As :meth:`start_trace`; ends with the block, also by an exception."""
+        self.start_trace(path, kernels=kernels, max_events=max_events)
+        trace = self._trace
+        try:
+            yield
+        finally:
+            if self._trace is trace:
+                self.stop_trace()
+
+    def start_trace(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        kernels: bool = False,
+        max_events: int = DEFAULT_MAX_EVENTS,
+    ) -> None:
+        """Records steps, requests and driver calls from now on, for chrome://tracing or Perfetto.
+
+        Not while a stream is being read: between two steps.
+
+        Args:
+            path: of the file, which is replaced; compressed if it ends in ``.gz``. It is written by
+                :meth:`stop_trace`, or when the LLM is closed.
+            kernels: have torch's profiler record operators and kernels as well, which makes steps
+                slower and the file large.
+            max_events: the last so many events are kept, of about 300 bytes each, and as many calls
+                of the driver. The file tells how many were dropped.
+
+        Raises:
+            ValueError: a trace runs already, the file cannot be written, ``max_events`` is not
+                positive, or the LLM was closed.
+        """
+        self._check_open()
+        if self._trace is not None:
+            raise ValueError("a trace of this LLM is running; end it by stop_trace() first")
+        self._trace = EngineTrace(self.engine, path, kernels=kernels, max_events=max_events)
+
+    def stop_trace(self) -> TraceSummary:
+        """Ends the trace and writes its file.
+
+        Raises:
+            ValueError: no trace runs.
+            OSError: the disk is full, or the like.
+        """
+        if self._trace is None:
+            raise ValueError("no trace of this LLM is running; begin one by start_trace(path)")
+        trace, self._trace = self._trace, None
+        return trace.stop()
+
     def close(self) -> None:
-        """Aborts what runs and gives the memory of the KV cache back. Twice is once."""
-        if not self._closed:
-            self._closed = True
+        """Aborts what runs and gives the memory of the KV cache back. Twice is once.
+
+        A trace that runs is written.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
             self.engine.close()
+        finally:
+            if self._trace is not None:
+                self.stop_trace()
 
     def __enter__(self) -> Self:
         return self

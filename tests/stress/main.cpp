@@ -59,14 +59,29 @@ vattn::SpaceOptions space_options(const Scenario& scenario) {
   return {slots, kMaxTokens, {plain, heads, window}, {1, 16}, scenario.keep_stale};
 }
 
-// Moves the budget, trims, creates ahead and verifies, for as long as the workers run.
+// Begins a trace of the driver's calls, or ends it and looks at what it has.
+void toggle_trace(Driver& driver) {
+  constexpr std::size_t kMost = 64;
+  if (!driver.trace().on()) {
+    driver.trace().start(kMost);
+    return;
+  }
+  const vattn::CallTraceResult found = driver.trace().stop();
+  if (found.calls.size() > kMost) fail("a trace of more calls than it may keep");
+  if (found.dropped > 0 && found.calls.size() < kMost) fail("a trace dropped calls for nothing");
+  for (const vattn::CallRecord& call : found.calls) {
+    if (call.end_ns < call.begin_ns || call.op >= vattn::kOps) fail("a call that makes no sense");
+  }
+}
+
+// Moves the budget, trims, creates ahead, traces and verifies, for as long as the workers run.
 void press(PagePool& pool, const std::vector<std::shared_ptr<SlotSpace>>& spaces,
            const std::atomic<bool>& stop, std::uint32_t seed) {
   std::mt19937 rng(seed);
   const auto below = [&](std::size_t n) { return rng() % n; };
   while (!stop) {
     SlotSpace& space = *spaces[below(spaces.size())];
-    switch (below(8)) {
+    switch (below(9)) {
       case 0:
         pool.set_budget((kFullBudget / 3 + below(kFullBudget * 2 / 3)) * kPage);
         break;
@@ -82,12 +97,16 @@ void press(PagePool& pool, const std::vector<std::shared_ptr<SlotSpace>>& spaces
       case 4:
         static_cast<void>(pool.stats());
         break;
+      case 5:
+        toggle_trace(pool.driver());
+        break;
       default:
         space.check();
         break;
     }
     std::this_thread::sleep_for(std::chrono::microseconds(200));
   }
+  if (pool.driver().trace().on()) toggle_trace(pool.driver());
 }
 
 // A sequence that all workers of a cache fork, made before they start.

@@ -20,7 +20,7 @@ from vattn.kv.layout import Order
 
 # What a call costs beside its tokens, in elements of K: 15 us for the views, the call and the
 # result, against 0.2 ns per element with its V (measured on two AVX-512 cores, float32).
-_CALL_ELEMENTS = 75_000
+CALL_ELEMENTS = 75_000
 # Queries of one call over a sliding window: small, so that little outside the window is computed.
 _WINDOW_ROWS = 128
 # A chunk and its past are one call with a mask up to so many scores, and two without one beyond:
@@ -81,7 +81,7 @@ class SdpaBackend:
         chunks = chunk_calls(step)
         for spec in specs:
             if spec.window not in step.plan:
-                call_tokens = _CALL_ELEMENTS / (spec.kv_heads * spec.head_dim)
+                call_tokens = CALL_ELEMENTS / (spec.kv_heads * spec.head_dim)
                 decodes = self._cuts.calls(step, spec.window, call_tokens)
                 step.plan[spec.window] = Plan(decodes, chunks)
 
@@ -105,18 +105,18 @@ class SdpaBackend:
         for chunk in plan.chunks:
             if chunk.start == 0:
                 # What was just computed is at hand, and for any number of slots.
-                seen = [_by_sequence(x, chunk) for x in (key, value)]
+                seen = [by_sequence(x, chunk) for x in (key, value)]
             else:
                 slots = slice(chunk.slot, chunk.slot + chunk.sequences)
                 seen = [x[slots, : chunk.start + chunk.n] for x in (k, v)]
-            own = _by_sequence(query, chunk).transpose(1, 2)
-            out = self._chunk(
+            own = by_sequence(query, chunk).transpose(1, 2)
+            out = self.attend_chunk(
                 chunk, spec, own, seen[0].transpose(1, 2), seen[1].transpose(1, 2), plan, sinks
             )
             parts.append(out.transpose(1, 2).flatten(0, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _chunk(
+    def attend_chunk(
         self,
         chunk: ChunkCall,
         spec: AttentionSpec,
@@ -126,11 +126,14 @@ class SdpaBackend:
         plan: Plan,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """``query [B, heads, n, d]`` at the end of ``key, value [B, kv_heads, start + n, d]``."""
+        """``query [B, heads, n, d]`` at the end of ``key, value [B, kv_heads, start + n, d]``.
+
+        Below a window K and V are not read.
+        """
         n, start, tokens = chunk.n, chunk.start, chunk.start + chunk.n
         window = spec.window if spec.window is not None and spec.window < tokens else None
         mergeable = dense.tells_lse(query.device)
-        if _needs_matmul(spec, query) or window is not None or (start > 0 and not mergeable):
+        if needs_matmul(spec, query) or window is not None or (start > 0 and not mergeable):
             return self._chunk_by_rows(chunk, spec, query, key, value, sinks)
         if start == 0:
             out, lse = dense.attend(query, key, value, scale=spec.scale, causal=True)
@@ -205,7 +208,7 @@ class SdpaBackend:
         return self._bands[window]
 
 
-def _needs_matmul(spec: AttentionSpec, query: torch.Tensor) -> bool:
+def needs_matmul(spec: AttentionSpec, query: torch.Tensor) -> bool:
     """Whether torch has no fused kernel for it, or none that tells the log-sum-exp for sinks."""
     return spec.softcap is not None or (spec.sinks and not dense.tells_lse(query.device))
 
@@ -223,7 +226,7 @@ def _masked(
     mask: torch.Tensor | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    if _needs_matmul(spec, query):
+    if needs_matmul(spec, query):
         return dense.attend_by_matmul(
             query,
             key,
@@ -254,16 +257,31 @@ def _decode(
     value = v[slots, call.begin : call.end].transpose(1, 2)
     if call.rows is not None:
         query = query[call.rows]
-    if _needs_matmul(spec, query):
-        out = _masked(spec, query.unsqueeze(2), key, value, call.mask, sinks)
-    else:
-        grouped = query.reshape(call.slots, spec.kv_heads, -1, spec.head_dim)
-        out, lse = dense.attend(grouped, key, value, scale=spec.scale, mask=call.mask)
-        if sinks is not None:
-            assert lse is not None
-            out = dense.add_sinks(out, lse, sinks.view(1, spec.kv_heads, -1))
-    out = out.reshape(call.slots, spec.heads, spec.head_dim)
+    out = attend_decodes(spec, query, key, value, call.mask, sinks)
     return out if call.keep is None else out[call.keep]
+
+
+def attend_decodes(
+    spec: AttentionSpec,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """One query each, ``[n, heads, head_dim]``, over ``key, value [n, kv_heads, L, head_dim]``.
+
+    The query heads of a KV head are the rows of one matrix. ``mask``: float32 ``[n, 1, 1, L]``.
+    """
+    if needs_matmul(spec, query):
+        out = _masked(spec, query.unsqueeze(2), key, value, mask, sinks)
+        return out.reshape(query.shape)
+    grouped = query.reshape(len(query), spec.kv_heads, -1, spec.head_dim)
+    out, lse = dense.attend(grouped, key, value, scale=spec.scale, mask=mask)
+    if sinks is not None:
+        assert lse is not None
+        out = dense.add_sinks(out, lse, sinks.view(1, spec.kv_heads, -1))
+    return out.reshape(query.shape)
 
 
 def _append(
@@ -284,9 +302,9 @@ def _append(
         slots = slice(chunk.slot, chunk.slot + chunk.sequences)
         tokens = slice(chunk.start, chunk.start + chunk.n)
         for target, new in zip(targets, (key, value), strict=True):
-            target[slots, tokens] = _by_sequence(new, chunk)
+            target[slots, tokens] = by_sequence(new, chunk)
 
 
-def _by_sequence(packed: torch.Tensor, chunk: ChunkCall) -> torch.Tensor:
+def by_sequence(packed: torch.Tensor, chunk: ChunkCall) -> torch.Tensor:
     """The chunk's part of a packed ``[T, heads, d]`` as ``[sequences, n, heads, d]``."""
     return packed[chunk.rows].view(chunk.sequences, chunk.n, *packed.shape[1:])

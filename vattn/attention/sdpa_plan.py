@@ -131,11 +131,11 @@ def _decode_call(reads: Reads, first: int, last: int, device: torch.device) -> D
         begins, ends = begins[of], ends[of]
     mask = None
     if begins.max() > begin or ends.min() < end:
-        mask = _length_mask(begins - begin, ends - begin, end - begin).to(device)
+        mask = length_mask(begins - begin, ends - begin, end - begin).to(device)
     return DecodeCall(first, last, slot, span, begin, end, mask, rows, keep)
 
 
-def _length_mask(begins: Int64, ends: Int64, tokens: int) -> torch.Tensor:
+def length_mask(begins: Int64, ends: Int64, tokens: int) -> torch.Tensor:
     """0 where a row attends, tokens ``[begins, ends)``, and minus infinity elsewhere."""
     at = np.arange(tokens)
     outside = at >= ends[:, None]

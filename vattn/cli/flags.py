@@ -221,3 +221,20 @@ JsonFile: TypeAlias = Annotated[
     Path | None,
     option("--json", panel=_OUTPUT, metavar="FILE", help="Write texts and figures to a file."),
 ]
+TraceFile: TypeAlias = Annotated[
+    Path | None,
+    option(
+        "--trace",
+        panel=_OUTPUT,
+        metavar="FILE",
+        help="Write what each step did, and when, for chrome://tracing or Perfetto.",
+    ),
+]
+TraceKernels: TypeAlias = Annotated[
+    bool,
+    option(
+        "--trace-kernels",
+        panel=_OUTPUT,
+        help="Have torch's profiler add operators and kernels to the trace.",
+    ),
+]

@@ -53,6 +53,8 @@ class Request:
     memory_map: bool
     stats: bool
     json_file: Path | None
+    trace_file: Path | None
+    trace_kernels: bool
     decoding: Decoding
 
     @property
@@ -110,6 +112,8 @@ def generate(
     memory_map: flags.MemoryMap = False,
     stats: flags.Stats = True,
     json_file: flags.JsonFile = None,
+    trace: flags.TraceFile = None,
+    trace_kernels: flags.TraceKernels = False,
 ) -> None:
     """Generate text with a transformers model whose KV cache lives in virtual memory.
 
@@ -165,6 +169,8 @@ def generate(
         memory_map=memory_map,
         stats=stats,
         json_file=json_file,
+        trace_file=trace,
+        trace_kernels=trace_kernels,
         decoding=asked,
     )
     check(request)
@@ -183,11 +189,34 @@ def check(request: Request) -> None:
     _check_sampling(request)
     _check_decoding(request)
     _check_engine(request)
-    path = request.json_file
+    _check_file("--json", request.json_file)
+    _check_file("--trace", request.trace_file)
+    if request.trace_kernels and request.trace_file is None:
+        raise BadInput("--trace-kernels adds to a trace; give --trace FILE, or drop it")
+    if request.trace_file is not None and request.trace_file == request.json_file:
+        raise BadInput(f"--json and --trace both name {request.trace_file}; give two files")
+    if request.trace_file is not None:
+        _try_file("--trace", request.trace_file)
+
+
+def _try_file(option: str, path: Path) -> None:
+    """Refuses a file that cannot be written, and leaves it as it is."""
+    is_new = not path.exists()
+    try:
+        path.open("a").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise BadInput(
+            f"{option} {path} cannot be written to: {error.strerror}; give another file"
+        ) from error
+
+
+def _check_file(option: str, path: Path | None) -> None:
     if path is not None and path.is_dir():
-        raise BadInput(f"--json {path} is a directory; give a file")
+        raise BadInput(f"{option} {path} is a directory; give a file")
     if path is not None and not path.parent.is_dir():
-        raise BadInput(f"--json {path}: there is no directory {path.parent}; make it first")
+        raise BadInput(f"{option} {path}: there is no directory {path.parent}; make it first")
 
 
 def _check_sampling(request: Request) -> None:

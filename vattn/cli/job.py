@@ -100,13 +100,33 @@ def choose_params(console: Console, request: Request, loaded: LoadedModel) -> Sa
 def generate(request: Request, console: Console, run: Run, name: str) -> None:
     """Runs a session and gives the memory back."""
     try:
-        with few_threads(run.llm.model):
+        with few_threads(run.llm.model), traced(request, run.llm):
             Session(request, console, run, name).run()
     except BaseException:
         # A step that was broken off leaves requests half done; their memory goes all the same.
         run.llm.engine.cache.close()
         raise
     run.llm.close()
+
+
+@contextmanager
+def traced(request: Request, llm: LLM) -> Iterator[None]:
+    """Has a run traced, if that is asked for.
+
+    Raises:
+        BadInput: the file cannot be written.
+    """
+    if request.trace_file is None:
+        yield
+        return
+    try:
+        llm.start_trace(request.trace_file, kernels=request.trace_kernels)
+    except ValueError as error:
+        raise BadInput(f"--trace: {one_line(error)}") from error
+    try:
+        yield
+    finally:
+        llm.stop_trace()
 
 
 def token_limit(request: Request, model_limit: int | None, is_embedded: bool) -> int | None:

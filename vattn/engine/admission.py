@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from vattn._core import DriverError, OutOfPages, PagesGone
+from vattn.engine.eviction import Evictor
 from vattn.engine.gangs import is_lead
 from vattn.engine.holdings import Holdings
 from vattn.engine.policy import NeverFits
@@ -60,6 +62,13 @@ class Admission(Holdings):
             self._check_ever_fits(request, total)
             return False
         slot, origin = place
+        if self.evictor is not None:
+            self.evictor.opened(
+                slot,
+                origin.slot,
+                in_place=origin.kind == "reopen",
+                counts=not request.timings.scheduled_s,
+            )
         self.index.remove(slot)
         self._owners[slot] = request
         self._fresh.append(request)
@@ -93,7 +102,11 @@ class Admission(Holdings):
     def _try(self, request: Request, origin: _Origin, total: int) -> int | None:
         """Opens a slot, if all of the request fits then."""
         try:
-            return self._open(origin, total) if self._fits(request, origin, total) else None
+            if not self._fits(request, origin, total):
+                return None
+            if self.evictor is not None:
+                self._ask_evictor(self.evictor, request, origin, total)
+            return self._open(origin, total)
         except PagesGone:
             self.index.remove(origin.slot)  # somebody has taken its pages since we looked
         except OutOfPages:  # and OutOfSlots
@@ -113,18 +126,30 @@ class Admission(Holdings):
             slot = self.cache.open(expected_tokens=total)
         return int(slot)
 
+    def _ask_evictor(self, evictor: Evictor, request: Request, origin: _Origin, total: int) -> None:
+        in_place = origin.kind == "reopen"
+        open_slots = len(self._owners) + (self.scratch_slot is not None)
+        needed = self._pages(request, origin, total, new_only=True)
+        evictor.before_opening(needed, origin.slot, None if in_place else open_slots)
+
     def _fits(self, request: Request, origin: _Origin, total: int) -> bool:
         return self._lacking(request, origin, total) <= 0
 
-    def _lacking(self, request: Request, origin: _Origin, total: int) -> int:
-        """Pages that are missing for it; 0 or less if it fits."""
-        needed = self.cache.admission_pages(
+    def _pages(
+        self, request: Request, origin: _Origin, total: int, *, new_only: bool = False
+    ) -> int:
+        return self.cache.admission_pages(
             total,
             source=None if origin.kind == "fresh" else origin.slot,
             shared_tokens=origin.tokens,
             in_place=origin.kind == "reopen",
             anchor=request.saved.anchor if request.saved is not None else 0,
+            new_only=new_only,
         )
+
+    def _lacking(self, request: Request, origin: _Origin, total: int) -> int:
+        """Pages that are missing for it; 0 or less if it fits."""
+        needed = self._pages(request, origin, total)
         available = self.cache.pool.core.available_pages()
         if self._owners:
             prefills = [r for r in self._owners.values() if r.uncomputed > 1]
@@ -230,13 +255,7 @@ class Admission(Holdings):
             return False
         if not is_lead(request):  # a beam: it has what its lead has
             return False
-        for other in self._fresh:
-            if other.slot < 0 or other.cache_salt != request.cache_salt:
-                continue
-            shared = common(other.prompt_ids, request.tokens, 0)
-            if shared >= found + MIN_WAIT_TOKENS and other.computed < shared:
-                return True
-        return False
+        return is_computed_now(request, self._fresh, found)
 
     def _usable(self, slot: int, shared: int) -> tuple[int, int] | None:
         """How many of the shared tokens a slot can give, and how cheaply."""
@@ -260,6 +279,35 @@ class Admission(Holdings):
             kept * region.token_bytes // page == tokens * region.token_bytes // page
             for region in self.cache.layout.regions
         )
+
+
+def is_computed_now(
+    request: Request,
+    others: Iterable[Request],
+    found: int,
+    *,
+    most: int | None = None,
+    unit: int = 1,
+) -> bool:
+    """Whether somebody is just computing a much longer prefix of a request than was found.
+
+    Args:
+        request: that is to be admitted.
+        others: whose prompts are not computed yet, as far as is known; some may have ended.
+        found: tokens that the request could have without waiting.
+        most: tokens that it could have if it waited; None for all of its own.
+        unit: tokens that can be had at once: prefixes are of a multiple of it.
+    """
+    for other in others:
+        if other.slot < 0 or other.cache_salt != request.cache_salt:
+            continue
+        shared = common(other.prompt_ids, request.tokens, 0)
+        if most is not None:
+            shared = min(shared, most)
+        shared -= shared % unit
+        if shared >= found + MIN_WAIT_TOKENS and other.computed < shared:
+            return True
+    return False
 
 
 def _refused(error: DriverError) -> Exception:

@@ -205,6 +205,7 @@ class BeamGroup:
             limit=lead.limit,
             index=index,
             priority=lead.priority,
+            rank=lead.rank,
             cache_salt=lead.cache_salt,
             source=lead,
             group=self,
@@ -244,7 +245,7 @@ class BeamGroup:
         assert all(beam.group is self and beam.waits_for_tokens for beam in beams), beams
         assert sorted(map(id, self.ranked)) == sorted(map(id, beams)), beams
         assert len({len(beam.tokens) for beam in beams}) == 1, beams
-        assert len({(beam.order, beam.priority, beam.cache_salt) for beam in beams}) == 1, beams
+        assert len({(beam.order, beam.rank, beam.cache_salt) for beam in beams}) == 1, beams
         assert self.scores == sorted(self.scores, reverse=True), self.scores
         scores = [ended.score for ended in self._finished]
         assert scores == sorted(scores, reverse=True), scores

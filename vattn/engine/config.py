@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vattn.config import parse_bytes, positive_int
+from vattn.engine.eviction import EvictionPolicy
+from vattn.engine.ranks import Policy, is_policy
 from vattn.engine.speculation.config import parse_speculative
 
-Policy = Literal["fcfs", "priority"]
 _BOOLEANS = (
     "enable_prefix_caching",
     "enable_chunked_prefill",
@@ -40,7 +41,12 @@ class EngineConfig:
             on a CPU, where it would be the same memory.
         enable_prefix_caching: finished requests leave their K and V to those that begin alike.
         enable_chunked_prefill: a prompt may be computed in parts, beside requests that decode.
-        scheduling_policy: ``"fcfs"`` or ``"priority"`` (smaller values first).
+        scheduling_policy: ``"fcfs"``, ``"priority"`` (smaller values first), or a function that is
+            given each new request and returns a number, or a tuple of numbers, as its rank: it goes
+            first whose is smallest, as by priority. A request that it fails for is refused.
+        eviction_policy: which finished requests are kept for others to share, and which of them are
+            forgotten first; see :class:`vattn.engine.eviction.EvictionPolicy`. None: all of them,
+            and those used longest ago.
         attention_backend: by name; None for the first that can serve the model.
         page_bytes: of the KV cache; None for the driver's default.
         order: layout of the KV cache; None for what the backend and the device do best.
@@ -78,6 +84,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     scheduling_policy: Policy = "fcfs"
+    eviction_policy: EvictionPolicy | None = None
     attention_backend: str | None = None
     page_bytes: int | None = None
     order: Literal["token", "head"] | None = None
@@ -136,10 +143,12 @@ class EngineConfig:
         for name in ("compile_model", "async_scheduling"):
             if not isinstance(getattr(self, name), bool | None):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True, False or None")
-        if self.scheduling_policy not in ("fcfs", "priority"):
+        if not is_policy(self.scheduling_policy):
             raise ValueError(
-                f'scheduling_policy={self.scheduling_policy!r} must be "fcfs" or "priority"'
+                f'scheduling_policy={self.scheduling_policy!r} must be "fcfs", "priority", or a '
+                "function that ranks a request"
             )
+        self._check_eviction()
         if self.attention_backend is not None and not isinstance(self.attention_backend, str):
             raise ValueError(
                 f"attention_backend={self.attention_backend!r} must be the name of one, or None"
@@ -147,6 +156,20 @@ class EngineConfig:
         if self.order not in (None, "token", "head"):
             raise ValueError(f'order={self.order!r} must be "token" or "head"')
         self._check_graphs()
+
+    def _check_eviction(self) -> None:
+        if self.eviction_policy is None:
+            return
+        if not isinstance(self.eviction_policy, EvictionPolicy):
+            raise ValueError(
+                f"eviction_policy={self.eviction_policy!r} must be an object of a class made from "
+                "vattn.EvictionPolicy, or None"
+            )
+        if not self.enable_prefix_caching:
+            raise ValueError(
+                f"eviction_policy={self.eviction_policy!r} decides what is kept for others, and "
+                "enable_prefix_caching=False keeps nothing; drop one of them"
+            )
 
     def _check_speculation(self) -> None:
         object.__setattr__(self, "speculative_config", parse_speculative(self.speculative_config))

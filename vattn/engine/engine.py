@@ -17,6 +17,7 @@ from vattn.attention.upload import Uploader
 from vattn.engine.batch import StepBatch, pack
 from vattn.engine.beam_scores import BeamScorer
 from vattn.engine.config import EngineConfig
+from vattn.engine.eviction import PolicyError
 from vattn.engine.grammars import GrammarCompiler
 from vattn.engine.intake import Intake
 from vattn.engine.memory import MemoryManager
@@ -323,6 +324,8 @@ class Engine:
             prompt_ends = self.memory.last_prompt_tokens(plan.decodes)
             self.memory.index_prompts()
             self._stage()
+        except PolicyError:
+            raise
         except Exception as error:
             if _is_fatal(error):
                 raise
@@ -446,13 +449,15 @@ class Engine:
         if self._inbox:
             self._take_inbox()
         with self._on_device():
-            self.scheduler.abort_all()
-            if self._in_flight is not None:
-                self.scheduler.drop(self._in_flight.plan)
+            try:
+                self.scheduler.abort_all()
+                if self._in_flight is not None:
+                    self.scheduler.drop(self._in_flight.plan)
+            finally:  # a policy that is asked what to keep may fail
                 self._in_flight = None
-            self._masks.close()
-            self.memory.close()
-            self.cache.close()
+                self._masks.close()
+                self.memory.close()
+                self.cache.close()
 
 
 class _Forwarded(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from vattn._core import DriverError, OutOfPages, Ticket
+from vattn.engine.eviction import EvictionPolicy, Evictor
 from vattn.engine.speculation.proposer import Proposer
 from vattn.kv.cache import KVCache
 from vattn.kv.prefix import PrefixIndex
@@ -34,6 +35,7 @@ class Holdings:
         prefix_caching: finished sequences are kept, and new ones share what they can.
         swap: host memory for preempted sequences.
         scratch: set a slot apart, with one token, for the padding rows of captured graphs.
+        eviction: what is kept, and what of it goes first; None for all, and used longest ago.
 
     Attributes:
         proposer: makes drafts, and may have pages beside the sequences; it gives them up before
@@ -41,13 +43,20 @@ class Holdings:
     """
 
     def __init__(
-        self, cache: KVCache, *, prefix_caching: bool, swap: SwapSpace, scratch: bool = False
+        self,
+        cache: KVCache,
+        *,
+        prefix_caching: bool,
+        swap: SwapSpace,
+        scratch: bool = False,
+        eviction: EvictionPolicy | None = None,
     ) -> None:
         self.cache = cache
         self.prefix_caching = prefix_caching
         self.swap = swap
         self.index = PrefixIndex()
         self.counters = MemoryCounters()
+        self.evictor = None if eviction is None else Evictor(eviction, cache)
         self.proposer: Proposer | None = None
         self._owners: dict[int, Request] = {}
         self._has_windows = any(spec.window for spec in cache.specs)

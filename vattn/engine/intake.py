@@ -146,10 +146,10 @@ class Intake:
         self._check_logprobs(params)
         if isinstance(priority, bool) or not hasattr(priority, "__index__"):
             raise ValueError(f"priority={priority!r} must be a whole number")
-        if priority and self._policy != "priority":
+        if priority and self._policy == "fcfs":
             raise ValueError(
-                f'priority={priority} needs scheduling_policy="priority"; this engine serves first '
-                "come, first served"
+                f'priority={priority} needs scheduling_policy="priority", or a function that ranks '
+                "by it; this engine serves first come, first served"
             )
 
     def _check_logprobs(self, params: SamplingParams) -> None:

@@ -6,20 +6,17 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any
 
 from vattn.config import positive_int
 from vattn.engine.gangs import absent, is_absent, is_lead, mates, width
 from vattn.engine.policy import Memory, Plan, SchedulerStats
+from vattn.engine.ranks import NAMES, Policy, is_policy, rank_of
 from vattn.engine.running import RunningSet
 from vattn.engine.waiting import RequestQueue, WaitingRoom
 from vattn.request import FinishReason, Request, Status
 
-Policy = Literal["fcfs", "priority"]
-_ORDERS: dict[str, Callable[[Request], Any]] = {
-    "fcfs": attrgetter("order"),
-    "priority": attrgetter("priority", "order"),
-}
+_BY_ARRIVAL, _BY_RANK = attrgetter("order"), attrgetter("rank", "order")
 
 
 class Lifecycle:
@@ -50,15 +47,18 @@ class Lifecycle:
         steps_in_flight: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if policy not in _ORDERS:
-            raise ValueError(f"policy={policy!r} must be one of {', '.join(_ORDERS)}")
+        if not is_policy(policy):
+            raise ValueError(
+                f"policy={policy!r} must be one of {', '.join(NAMES)}, or a function that ranks a "
+                "request"
+            )
         self.memory = memory
         self.max_num_seqs = positive_int(max_num_seqs, "max_num_seqs")
         self.max_model_len = positive_int(max_model_len, "max_model_len")
         self.policy = policy
         self.steps_in_flight = steps_in_flight
         self._clock = clock
-        self._order = _ORDERS[policy]
+        self._order = _BY_ARRIVAL if policy == "fcfs" else _BY_RANK
         self._clear()
         self._ended: list[Request] = []
         self._arrivals = self._steps = self._scheduled_tokens = self._preemptions = 0
@@ -74,13 +74,13 @@ class Lifecycle:
         self._plan: Plan | None = None  # until it is launched
         self._computed: Plan | None = None  # until its tokens are sampled
         self._launched: deque[Plan] = deque()  # until their tokens have arrived
-        self._barrier: int | None = None  # the smallest rank that gave way in this step
+        self._barrier: Any = None  # the smallest rank that gave way in this step
 
     def add(self, request: Request) -> None:
         """Queues a new request. One with a ``source`` waits for the source's prompt.
 
         Raises:
-            ValueError: an id in use, an empty prompt, or lengths beyond the limits.
+            ValueError: an id in use, an empty prompt, lengths beyond the limits, or no rank.
         """
         prompt = len(request.tokens)
         if request.id in self._requests:
@@ -107,9 +107,10 @@ class Lifecycle:
         source = request.source
         if source is not None and not source.finished and source.id not in self._requests:
             raise ValueError(f"the source of request {request.id!r} is unknown; add it before")
+        request.timings.arrival_s = request.timings.arrival_s or self._clock()
+        request.rank = rank_of(self.policy, request)
         request.order = self._arrivals
         self._arrivals += 1
-        request.timings.arrival_s = request.timings.arrival_s or self._clock()
         self._requests[request.id] = request
         if request.deadline_s is not None:
             self._deadlines.push(request.deadline_s, request)
@@ -164,10 +165,12 @@ class Lifecycle:
             self._waiting.ended(request)
         if request.deadline_s is not None:
             self._deadlines.forget()
-        if request.slot >= 0 or request.saved is not None:
-            self.memory.release(request)
-        self._waiting.orphan(request)
-        self._tell_end(request)
+        try:
+            if request.slot >= 0 or request.saved is not None:
+                self.memory.release(request)
+        finally:  # a policy may have failed: it has ended all the same
+            self._waiting.orphan(request)
+            self._tell_end(request)
 
     def _tell_end(self, request: Request) -> None:
         """Of beams, only the lead's is told."""
@@ -239,9 +242,6 @@ class Lifecycle:
             for each in mates(request):
                 self._plan.remove(each)
 
-    def _rank(self, request: Request) -> int:
-        return request.priority if self.policy == "priority" else 0
-
     def _preempt(self, request: Request) -> None:
         """With the other beams of its group."""
         self._remove_running(request)
@@ -264,8 +264,8 @@ class Lifecycle:
 
     def _bar(self, request: Request) -> None:
         """Nobody who is less urgent, or as urgent, is admitted in this step."""
-        rank = self._rank(request)
-        self._barrier = rank if self._barrier is None else min(rank, self._barrier)
+        barrier = self._barrier
+        self._barrier = request.rank if barrier is None else min(request.rank, barrier)
 
     def _expire(self) -> None:
         """Ends the requests whose deadline has come."""

@@ -10,7 +10,8 @@ begins with the tokens of a kept or running slot
 * forks it: full pages are shared, the partial tail is copied.
 
 Eviction is the pool's: it takes pages from the kept slots that were used longest ago, tail first,
-whenever somebody needs them, and before anybody is preempted.
+whenever somebody needs them, and before anybody is preempted. A policy may say who comes first
+instead, and what is kept at all; see :mod:`.eviction`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class MemoryManager(Admission):
 
     def grow(self, slots: list[int], tokens: list[int]) -> bool:
         """Maps what the step will write: all of it, or nothing and False if pages are short."""
+        if self.evictor is not None:
+            self.evictor.before_growth(slots, tokens)
         try:
             while not self._ensure(slots, tokens):
                 if self.proposer is None or not self.proposer.relieve():
@@ -82,6 +85,8 @@ class MemoryManager(Admission):
         """Maps what the next step will write, in the background."""
         self._drop_tickets()
         if slots:
+            if self.evictor is not None:
+                self.evictor.before_growth(slots, tokens)
             self._tickets.append(
                 self.cache.prepare(np.array(slots, np.int32), np.array(tokens, np.int32))
             )
@@ -127,8 +132,17 @@ class MemoryManager(Admission):
         if request.saved is not None:
             self.swap.give_back(request.saved)
             request.saved = None
-        if request.slot >= 0:
-            self._let_go(request, keep=request.finish_reason is not FinishReason.ERROR)
+        if request.slot < 0:
+            return
+        sound = request.finish_reason is not FinishReason.ERROR
+        keep = False
+        try:
+            keep = sound and self._is_worth_keeping(request)
+        finally:
+            self._let_go(request, keep=keep, sound=sound)
+
+    def _is_worth_keeping(self, request: Request) -> bool:
+        return self.evictor is None or not request.computed or self.evictor.keeps(request)
 
     def preempt(self, request: Request) -> None:
         """A request gives way: it begins again later, from what is then left of it.
@@ -152,7 +166,7 @@ class MemoryManager(Admission):
                     tensor[request.slot, known:length] = 0
         self._cut(request)
 
-    def _let_go(self, request: Request, *, keep: bool) -> None:
+    def _let_go(self, request: Request, *, keep: bool, sound: bool = True) -> None:
         if self.proposer is not None:
             self.proposer.let_go(request)
         slot = request.slot
@@ -160,7 +174,7 @@ class MemoryManager(Admission):
         request.computed = tokens = min(request.computed, len(request.tokens))
         self._cut(request)
         request.kv = self.usage(request)
-        if not keep:
+        if not sound:
             self.cache.mark_dirty(slot)
         keep = keep and self.prefix_caching and tokens > 0
         del self._owners[slot]
@@ -168,12 +182,17 @@ class MemoryManager(Admission):
         self.cache.release(slot, keep=keep)
         if keep:
             self.index.insert(slot, request.tokens[:tokens], request.cache_salt)
+        if self.evictor is not None:
+            ids = request.tokens[:tokens] if keep else None
+            self.evictor.closed(slot, ids, request.cache_salt)
         request.slot, request.computed = -1, 0
 
     def lose_all(self) -> None:
         """Gives back every slot and keeps nothing, whatever state an interruption has left."""
         self.index = PrefixIndex()
         self._owners, self._fresh, self._trouble = {}, [], None
+        if self.evictor is not None:
+            self.evictor.forget()
         self.swap = SwapSpace(self.swap.capacity_bytes, pinned=self.swap.pinned)
         for slot in range(self.cache.max_seqs):
             if self.cache.is_open(slot) and slot != self.scratch_slot:
@@ -200,6 +219,8 @@ class MemoryManager(Admission):
             if slot not in self._owners and slot in self.index:  # never the scratch slot
                 self.index.remove(slot)
                 self.cache.forget(slot)
+                if self.evictor is not None:
+                    self.evictor.forget(slot)
 
     def check(self) -> None:
         """Verifies that owners, slots, index and memory agree.
@@ -212,6 +233,8 @@ class MemoryManager(Admission):
         self.swap.check()
         if self.proposer is not None:
             self.proposer.check()
+        if self.evictor is not None:
+            self.evictor.check(self._owners)
         open_slots = self.cache.stats().open_slots
         scratch = self.scratch_slot is not None
         assert open_slots == len(self._owners) + scratch, (open_slots, self._owners)

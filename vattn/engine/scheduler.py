@@ -32,8 +32,8 @@ from collections.abc import Callable
 from vattn.config import positive_int
 from vattn.engine.beams import BeamGroup
 from vattn.engine.gangs import absent, at_gate, mates, wanted_tokens, width
-from vattn.engine.lifecycle import Policy
 from vattn.engine.policy import Memory, NeverFits, Plan, SchedulerStats, by_slot
+from vattn.engine.ranks import Policy
 from vattn.engine.score_room import ScoreRoom
 from vattn.engine.speculation.proposer import may_draft, most_drafts
 from vattn.engine.steps import Steps
@@ -51,8 +51,9 @@ class Scheduler(Steps):
         max_num_batched_tokens: most tokens of a step.
         max_model_len: longest sequence in tokens.
         policy: ``"fcfs"``: who came first; ``"priority"``: smallest ``priority``, then who came
-            first. Under the latter a waiting request takes the place of running ones of a larger
-            number when sequences or pages are short.
+            first; a function: smallest of what it returns for a request, then who came first, see
+            :mod:`.ranks`. Under the latter two a waiting request takes the place of running ones of
+            a larger rank when sequences or pages are short.
         enable_chunked_prefill: prompts may be cut to what a step has left.
         stage_ahead: :meth:`stage` does something. Off only to compare.
         steps_in_flight: launched steps whose tokens may be missing when the next is scheduled.
@@ -201,7 +202,7 @@ class Scheduler(Steps):
         if self._staged:
             return self._staged.pop(0) if self._has_place(self._staged[0]) else None
         while (head := self._waiting.first()) is not None:
-            if self._barrier is not None and self._rank(head) >= self._barrier:
+            if self._barrier is not None and head.rank >= self._barrier:
                 return None
             admitted = self._has_place(head) and self._admit(head)
             if admitted:
@@ -397,12 +398,12 @@ class Scheduler(Steps):
             self.finish(last, FinishReason.ERROR, error=shortage)
 
     def _outrank(self, head: Request) -> bool:
-        """Under the priority policy, preempts the last in order if ``head`` is more urgent."""
-        if self.policy != "priority" or not self._running:
+        """Unless who comes first is served first, preempts the last if ``head`` is more urgent."""
+        if self.policy == "fcfs" or not self._running:
             return False
         victim = self._running.last()
-        # Strictly: two of one priority would take each other's place for ever.
-        if victim.priority <= head.priority:
+        # Strictly: two of one rank would take each other's place for ever.
+        if victim.rank <= head.rank:
             return False
         self._preempt(victim)
         return True

@@ -87,7 +87,7 @@ def make_pool(device: torch.device, config: EngineConfig) -> PagePool:
         device,
         driver=driver,
         page_bytes=config.page_bytes,
-        budget_bytes=_budget_bytes(config, driver),
+        budget_bytes=asked_budget_bytes(config, driver),
         ahead_bytes=AHEAD_BYTES[device.type],
     )
 
@@ -123,8 +123,8 @@ def make_cache(
     spare: int,
 ) -> KVCache:
     """The KV cache, with as many slots for kept sequences as kernels can address."""
-    kept = max(_MIN_KEPT_SLOTS, _KEPT_SLOTS_PER_SEQ * config.max_num_seqs)
-    choices = [kept, kept // 2, kept // 4, 0] if config.enable_prefix_caching else [0]
+    kept = kept_slots(config)
+    choices = [kept, kept // 2, kept // 4, 0] if kept else [0]
     for extra in choices:
         try:
             return KVCache(
@@ -142,6 +142,13 @@ def make_cache(
     raise AssertionError("unreachable")
 
 
+def kept_slots(config: EngineConfig) -> int:
+    """How many finished sequences the cache has slots for, beside those that run."""
+    if not config.enable_prefix_caching:
+        return 0
+    return max(_MIN_KEPT_SLOTS, _KEPT_SLOTS_PER_SEQ * config.max_num_seqs)
+
+
 def make_memory(cache: KVCache, config: EngineConfig, *, graphs: bool) -> MemoryManager:
     """Who decides over the cache's slots, with host memory for those who give way."""
     swap_gib = config.swap_space
@@ -152,6 +159,7 @@ def make_memory(cache: KVCache, config: EngineConfig, *, graphs: bool) -> Memory
         prefix_caching=config.enable_prefix_caching,
         swap=SwapSpace(int(swap_gib * 2**30), pinned=cache.device.type == "cuda"),
         scratch=graphs,
+        eviction=config.eviction_policy,
     )
 
 
@@ -179,8 +187,8 @@ def make_runner(
     )
 
 
-def _budget_bytes(config: EngineConfig, driver: Any) -> int | None:
-    """The KV cache's budget; None for the pool's default."""
+def asked_budget_bytes(config: EngineConfig, driver: Any) -> int | None:
+    """The KV cache's budget, as the settings ask for it; None for the pool's default."""
     if config.kv_cache_memory_bytes is not None:
         return parse_bytes(config.kv_cache_memory_bytes, "kv_cache_memory_bytes")
     share = config.gpu_memory_utilization

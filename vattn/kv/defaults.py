@@ -44,8 +44,9 @@ DEFAULTS: dict[str, LayoutDefault] = {
         "token",
         8,
         None,
-        UNMEASURED + "of the layouts that waste less than 5% (bench/results/cpu/memory.json), the "
-        "one with the longest rows; make gpu-check measures its speed",
+        UNMEASURED + "of the layouts that waste less than 5% "
+        "(bench/results/cpu/levels/memory.json), the one with the longest rows; make gpu-check "
+        "measures its speed",
     ),
 }
 

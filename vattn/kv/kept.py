@@ -64,6 +64,22 @@ class KeptSlots(SlotTable):
         """Makes a free slot the one used last. A fork does that to its source by itself."""
         self._slots.touch(self._index(slot))
 
+    def evict_first(self, slots: SlotList) -> None:
+        """Makes free slots the ones used longest ago, in this order: they lose content first.
+
+        So a policy of one's own decides what is evicted, and the cache how: from the end, and what
+        several slots keep last. The order of the others stays, and a slot that is kept or touched
+        later comes after all of them.
+
+        Raises:
+            ValueError: a slot is open, or none of this cache; nothing has changed.
+        """
+        self._slots.evict_first(self._slot_array(slots))
+
+    def sole_pages(self, slot: SlotLike) -> int:
+        """Pages that come free if only this slot gives up what it keeps; 0 if it keeps nothing."""
+        return self._slots.sole_pages(self._index(slot))
+
     # Page counts ----------------------------------------------------------------------------------
 
     def pages_needed_many(self, slots: SlotList, tokens: LengthList) -> int:
@@ -82,6 +98,7 @@ class KeptSlots(SlotTable):
         shared_tokens: int = 0,
         in_place: bool = False,
         anchor: int = 0,
+        new_only: bool = False,
     ) -> int:
         """Pages out of ``pool.available_pages()`` that a sequence not yet open would use up.
 
@@ -94,6 +111,8 @@ class KeptSlots(SlotTable):
             shared_tokens: how many of them.
             in_place: ``source`` will be reopened, instead of forked.
             anchor: if the rest comes by :meth:`restore`, the saved sequence's.
+            new_only: leave out what the source only keeps. Where that is more than
+                ``pool.unkept_pages()``, somebody else's content has to go.
 
         Raises:
             PagesGone: the source no longer keeps those tokens.
@@ -105,6 +124,7 @@ class KeptSlots(SlotTable):
             token_count(shared_tokens, "shared_tokens"),
             in_place,
             token_count(anchor, "anchor"),
+            new_only,
         )
 
     # Host memory ----------------------------------------------------------------------------------

@@ -1,0 +1,358 @@
+"""A policy of the user's over what is kept of finished requests: what it is asked, told and obeyed.
+
+Pages have 16 tokens; the stub model tells wrong bytes from right ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pytest
+
+import vattn
+from tests.stub_model import expected_tokens
+from tests.test_engine_memory import TOKENS_PER_PAGE, drive, finish, make_engine, prompt, start
+from vattn.engine.engine import Engine
+from vattn.engine.eviction import EvictionPolicy, KeptSequence, PolicyError
+from vattn.request import Request
+
+HOT = prompt(150)
+
+
+def is_hot(kept: KeptSequence) -> bool:
+    return list(kept.token_ids[:10]) == HOT[:10]
+
+
+class Spy(EvictionPolicy):
+    """Notes what it is asked; its answers are as told."""
+
+    def __init__(
+        self,
+        victims: Callable[[Sequence[KeptSequence]], Any] = lambda kept: (),
+        keep: Callable[[Request], Any] = lambda request: True,
+    ) -> None:
+        self.answer, self.keeps = victims, keep
+        self.asked: list[tuple[list[KeptSequence], int]] = []
+        self.offered: list[Request] = []
+
+    def keep(self, request: Request) -> bool:
+        self.offered.append(request)
+        return self.keeps(request)  # type: ignore[no-any-return]
+
+    def victims(self, kept: Sequence[KeptSequence], pages: int) -> Iterable[KeptSequence]:
+        self.asked.append((list(kept), pages))
+        return self.answer(kept)  # type: ignore[no-any-return]
+
+
+def serve(engine: Engine, ids: list[int], new: int, name: str, **options: Any) -> Request:
+    request = start(engine, ids, new, name, **options)
+    drive(engine, request)
+    assert request.output_ids == expected_tokens(ids, new)
+    return request
+
+
+def flood(engine: Engine, seeds: Iterable[int]) -> None:
+    for seed in seeds:
+        serve(engine, prompt(150, seed), 20, f"flood{seed}")
+
+
+# Who goes first -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_what_the_policy_names_last_outlives_what_was_used_since(is_async: bool) -> None:
+    spy = Spy(lambda kept: sorted(kept, key=is_hot))
+    engine = make_engine(pages=30, eviction_policy=spy, async_scheduling=is_async)
+    serve(engine, HOT, 20, "hot")
+    flood(engine, range(1, 9))
+    assert engine.stats().cache.evicted_tokens > 0
+    assert serve(engine, HOT, 2, "again").cached == 149
+    finish(engine)
+
+
+def test_who_names_nobody_leaves_it_to_the_least_recently_used() -> None:
+    hits = []
+    for policy in (None, EvictionPolicy(), Spy()):
+        engine = make_engine(pages=30, eviction_policy=policy)
+        flood(engine, range(5))
+        hits.append([serve(engine, prompt(150, i), 2, f"{i}").cached for i in (4, 3, 2, 1, 0)])
+        finish(engine)
+    assert hits[0] == hits[1] == hits[2]
+    assert hits[0][0] == 149
+    assert 0 in hits[0]
+
+
+def test_what_is_not_named_goes_by_its_last_use_after_the_named() -> None:
+    spy = Spy(lambda kept: [k for k in kept if list(k.token_ids[:10]) == prompt(10, 3)])
+    engine = make_engine(pages=60, eviction_policy=spy)
+    flood(engine, range(1, 5))
+    serve(engine, prompt(320, 9), 20, "long")  # 22 pages, and 16 have no content yet
+    cached = {i: serve(engine, prompt(150, i), 1, f"{i}").cached for i in (4, 2, 3, 1)}
+    assert cached[3] < cached[2] == cached[4] == 149
+    finish(engine)
+
+
+def test_nobody_is_asked_while_there_is_room() -> None:
+    spy = Spy()
+    engine = make_engine(pages=400, eviction_policy=spy)
+    flood(engine, range(8))
+    serve(engine, HOT, 20, "hot")
+    serve(engine, HOT, 20, "again")
+    assert spy.asked == []
+    assert len(spy.offered) == 10
+    finish(engine)
+
+
+def test_a_request_that_grows_asks_too() -> None:
+    spy = Spy(lambda kept: kept)
+    engine = make_engine(pages=30, eviction_policy=spy)
+    serve(engine, HOT, 20, "kept")  # 11 pages
+    request = start(engine, prompt(100, 1), 300, "grows")
+    engine.step()
+    assert request.slot >= 0
+    assert spy.asked == []
+    drive(engine, request)
+    assert {pages for _, pages in spy.asked} == {1}  # a page at a time
+    assert engine.stats().num_preemptions == 0
+    finish(engine)
+
+
+def test_a_slot_may_be_all_that_is_short() -> None:
+    spy = Spy(lambda kept: sorted(kept, key=lambda k: -k.last_used_s))
+    engine = make_engine(pages=400, max_num_seqs=1, eviction_policy=spy)
+    slots = engine.cache.max_seqs
+    for seed in range(slots):
+        serve(engine, prompt(10, seed), 2, f"{seed}")
+    assert spy.asked == []
+    serve(engine, prompt(10, slots), 2, "one more")
+    ((kept, pages),) = spy.asked
+    assert (len(kept), pages) == (slots, 0)
+    newest = spy.answer(kept)[0]
+    assert list(newest.token_ids[:10]) == prompt(10, slots - 1)
+    assert serve(engine, prompt(10, slots - 1), 2, "newest").cached == 0
+    assert serve(engine, prompt(10, 0), 2, "oldest").cached > 0
+    finish(engine)
+
+
+def test_the_source_of_a_request_is_not_offered() -> None:
+    spy = Spy(lambda kept: kept)
+    engine = make_engine(pages=24, eviction_policy=spy)
+    flood(engine, (1, 2))
+    before = len(spy.asked)
+    turn = prompt(150, 2) + expected_tokens(prompt(150, 2), 19)
+    assert serve(engine, [*turn, *prompt(40, 5)], 20, "turn").cached == len(turn)
+    later = spy.asked[before:]
+    assert later
+    assert all(list(k.token_ids[:150]) == prompt(150, 1) for kept, _ in later for k in kept)
+    finish(engine)
+
+
+# What it is told ----------------------------------------------------------------------------------
+
+
+def test_what_a_policy_sees_of_a_sequence() -> None:
+    spy = Spy()
+    engine = make_engine(pages=40, eviction_policy=spy)
+    first = serve(engine, HOT, 20, "first", cache_salt="a")
+    fork = serve(engine, [*HOT[:96], *prompt(40, 7)], 2, "fork", cache_salt="a")
+    turn = serve(engine, [*first.tokens[:-1], 9], 2, "turn", cache_salt="a")
+    other = serve(engine, prompt(30, 3), 2, "other")
+    assert (fork.cached, turn.cached) == (96, 169)
+    serve(engine, prompt(400, 4), 2, "long")
+    kept, pages = spy.asked[0]
+    assert pages > 0
+    by_request = {len(k.token_ids): k for k in kept}
+    assert set(by_request) == {len(r.tokens) - 1 for r in (fork, turn, other)}
+    seen = by_request[len(turn.tokens) - 1]  # it goes on where the first was
+    assert (seen.uses, seen.cache_salt, seen.tokens) == (2, "a", 171)
+    assert list(seen.token_ids) == turn.tokens[:-1]
+    assert (by_request[len(other.tokens) - 1].uses, by_request[137].uses) == (0, 0)
+    assert by_request[31].last_used_s >= seen.last_used_s > by_request[137].last_used_s
+    assert spy.offered[0] is first
+    finish(engine)
+
+
+def test_pages_that_only_one_holds() -> None:
+    counts: list[dict[int, int]] = []
+
+    def count(kept: Sequence[KeptSequence]) -> list[KeptSequence]:
+        counts.append({len(k.token_ids): k.pages for k in kept})
+        return []
+
+    engine = make_engine(pages=30, eviction_policy=Spy(count))
+    serve(engine, HOT, 20, "hot")  # 169 tokens: 11 pages
+    serve(engine, [*HOT[:96], *prompt(40, 7)], 2, "fork")  # 137: 9 pages, of which 6 are shared
+    serve(engine, prompt(400, 4), 2, "long")
+    assert 96 % TOKENS_PER_PAGE == 0
+    assert counts[0] == {169: 5, 137: 3}
+    finish(engine)
+
+
+def test_a_return_after_preemption_is_no_use() -> None:
+    spy = Spy()
+    engine = make_engine(pages=30, eviction_policy=spy, swap_space=0)
+    both = [start(engine, prompt(100, i), 250, f"{i}") for i in range(2)]
+    drive(engine, *both)
+    assert engine.stats().num_preemptions > 0
+    flood(engine, (5, 6))
+    assert all(k.uses == 0 for kept, _ in spy.asked for k in kept)
+    assert len(spy.offered) == 4  # whoever gives way is kept for itself, without a question
+    finish(engine)
+
+
+# What is kept -------------------------------------------------------------------------------------
+
+
+def test_what_is_not_worth_keeping_is_not_kept() -> None:
+    engine = make_engine(eviction_policy=Spy(keep=lambda request: request.cache_salt == "yes"))
+    serve(engine, HOT, 20, "a", cache_salt="yes")
+    serve(engine, HOT, 20, "b", cache_salt="no")
+    assert engine.stats().cache.kept_slots == 1
+    assert serve(engine, HOT, 2, "c", cache_salt="no").cached == 0
+    assert serve(engine, HOT, 2, "d", cache_salt="yes").cached == 149
+    finish(engine)
+
+
+# Policies that go wrong ---------------------------------------------------------------------------
+
+
+def fails(*_: object) -> Any:
+    raise ZeroDivisionError("of the policy")
+
+
+def endless(kept: Sequence[KeptSequence]) -> Iterable[KeptSequence]:
+    return itertools.cycle(kept)
+
+
+def from_before(kept: Sequence[KeptSequence]) -> list[KeptSequence]:
+    known = vars(from_before).setdefault("kept", list(kept))
+    return known if known[0] is not kept[0] else []
+
+
+@pytest.mark.parametrize(
+    ("victims", "message"),
+    [
+        (fails, r"Spy: victims\(\) failed: ZeroDivisionError: of the policy"),
+        (lambda kept: None, r"victims\(\) failed: TypeError"),
+        (lambda kept: [kept[0].slot], r"victims\(\) named \d+, which is none of the"),
+        (lambda kept: [kept[0], kept[0]], r"victims\(\) named slot \d+, .* named before"),
+        (endless, r"victims\(\) named slot \d+, .* named before"),
+        (from_before, r"victims\(\) named slot \d+, which is none of the"),
+    ],
+)
+@pytest.mark.parametrize("growing", [False, True])
+def test_an_order_that_makes_no_sense(victims: Any, message: str, growing: bool) -> None:
+    vars(from_before).clear()
+    spy = Spy(victims)
+    engine = make_engine(pages=30, eviction_policy=spy)
+    serve(engine, HOT, 20, "kept")
+    running = start(engine, prompt(40, 1), 400 if growing else 200, "running")
+    engine.step()
+    waiting = None if growing else start(engine, prompt(260, 2), 20, "waiting")
+    with pytest.raises(PolicyError, match=message):
+        drive(engine, *filter(None, [running, waiting]))
+    assert running.finish_reason == "error"
+    assert "eviction_policy=Spy" in str(running.error)
+    engine.check()
+    spy.answer = lambda kept: ()
+    flood(engine, range(5))  # it begins anew
+    finish(engine)
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (fails, r"Spy: keep\(\) failed: ZeroDivisionError: of the policy"),
+        (lambda request: None, r"keep\(\) returned None; return True or False"),
+    ],
+)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_no_answer_about_keeping(keep: Any, message: str, is_async: bool) -> None:
+    spy = Spy(keep=keep)
+    engine = make_engine(eviction_policy=spy, async_scheduling=is_async)
+    short, long = start(engine, HOT, 5, "short"), start(engine, prompt(150, 1), 50, "long")
+    with pytest.raises(PolicyError, match=message):
+        drive(engine, short, long)
+    assert short.output_ids == expected_tokens(HOT, 5)
+    assert (long.finish_reason, long.slot) == ("error", -1)
+    engine.check()
+    assert engine.stats().cache.kept_slots == 0
+    assert {r.id for r in engine.step()} == {"short", "long"}  # both are told, once
+    spy.keeps = lambda request: True
+    flood(engine, (1, 2))
+    finish(engine)
+
+
+def test_an_engine_closes_whatever_its_policy_says() -> None:
+    engine = make_engine(eviction_policy=Spy(keep=fails))
+    start(engine, HOT, 50, "running")
+    engine.step()
+    with pytest.raises(PolicyError):
+        engine.close()
+    assert engine.cache.pool.stats().used_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eviction_policy": "lru"}, "eviction_policy='lru' must be an object of a class made"),
+        ({"eviction_policy": EvictionPolicy}, "must be an object of a class made"),
+        (
+            {"eviction_policy": EvictionPolicy(), "enable_prefix_caching": False},
+            "enable_prefix_caching=False keeps nothing",
+        ),
+    ],
+)
+def test_what_is_no_policy_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_engine(**options)
+
+
+# Anything at all ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_texts_are_right_whatever_a_policy_wants(seed: int, window: bool) -> None:
+    rng = random.Random(seed)
+
+    def anything(kept: Sequence[KeptSequence]) -> list[KeptSequence]:
+        assert all(0 < k.tokens <= 512 and k.pages >= 0 for k in kept)
+        return rng.sample(list(kept), rng.randint(0, len(kept)))
+
+    spy = Spy(anything, lambda request: rng.random() < 0.8)
+    engine = make_engine(
+        pages=40,
+        window=window,
+        eviction_policy=spy,
+        swap_space=rng.choice([0.0, 0.001]),
+        max_num_seqs=rng.choice([2, 8]),
+        async_scheduling=rng.random() < 0.5,
+    )
+    waiting: list[tuple[str, list[int]]] = []
+    running: list[tuple[list[int], Request]] = []
+    for number in range(40):
+        stem = prompt(rng.choice([0, 20, 90, 160]), rng.randrange(3))
+        waiting.append((f"{number}", [*stem, *prompt(rng.randint(1, 60), number)]))
+    while waiting or running:
+        while waiting and len(running) < 6:
+            name, ids = waiting.pop()
+            running.append((ids, start(engine, ids, rng.randint(1, 90), name)))
+        engine.step()
+        engine.check()
+        for ids, request in [each for each in running if each[1].finished]:
+            new = len(request.output_ids)
+            assert request.output_ids == expected_tokens(ids, new, window), request.id
+            running.remove((ids, request))
+    assert len(spy.offered) == 40
+    assert spy.asked
+    finish(engine)
+
+
+def test_the_names_are_public() -> None:
+    assert vattn.EvictionPolicy is EvictionPolicy
+    assert vattn.KeptSequence is KeptSequence
+    assert vattn.PolicyError is PolicyError
