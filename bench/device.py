@@ -41,7 +41,8 @@ def free_bytes(device: str) -> int:
 def copy_bandwidth(device: str) -> float:
     """Bytes per second of a large copy, bytes read plus bytes written."""
     size = (1 << 30) if device != "cpu" else 256 << 20
-    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    low, high = -(2**63), 2**63 - 1
+    source = torch.randint(low, high, (size // 8,), dtype=torch.int64, device=device)
     target = torch.empty_like(source)
     clock = wall_clock if device == "cpu" else device_clock
     times = sorted(clock(lambda: target.copy_(source)) for _ in range(11))

@@ -39,6 +39,16 @@ def capture(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
     return graph.replay  # type: ignore[no-any-return]
 
 
+def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """One call after the other."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
 def repeated(run: Callable[[], object], times: int) -> Callable[[], object]:
     """The same several times over."""
 

@@ -14,7 +14,7 @@ import torch
 
 from bench.common import Clock, Json, Pairs, measure_pairs, wall_clock
 from bench.device import last_level_cache_bytes
-from bench.graph_clock import capture, head_start_clock, repeated
+from bench.graph_clock import capture, head_start_clock, in_turn, repeated
 from bench.kernels import Kernel, Prepare
 from bench.layout_fill import TOLERANCE, fill, relative_error
 from bench.layout_points import LayoutChoice, Model, Point
@@ -151,7 +151,7 @@ class Bench:
             for layer, (k, v) in enumerate(ours):
                 fill(cache, layer, [point.length] * point.batch, k, v)
             theirs = [
-                (self._ordinary(k, point.length), self._ordinary(v, point.length)) for k, v in ours
+                (self.ordinary(k, point.length), self.ordinary(v, point.length)) for k, v in ours
             ]
             order = slots.tolist()
             if self.device != "cpu":  # SDPA needs neighbours side by side, the others do not
@@ -209,7 +209,7 @@ class Bench:
         page = cache.pool.page_bytes
         return footprint(cache.layout.regions, page, self.tiles, np.array(lengths))
 
-    def _ordinary(self, kv: torch.Tensor, length: int) -> torch.Tensor:
+    def ordinary(self, kv: torch.Tensor, length: int) -> torch.Tensor:
         """K or V in a tensor of its own, in the order that suits the device's kernels best."""
         batch, _, heads, dim = kv.shape
         slot_tokens = self.covered(length)
@@ -245,13 +245,11 @@ class Bench:
 
         As many pairs as asked for, fewer if they would take longer than ``kernel_s``.
         """
-        clock: Clock = wall_clock
+        clock = self.clock
+        base_run, candidate_run = self.runner(base), self.runner(candidate)
         if self.device == "cpu":
-            base_run, candidate_run = _in_turn(base), _in_turn(candidate)
             replays, once_s = 1, max(clock(base_run), clock(candidate_run))
         else:
-            clock = head_start_clock
-            base_run, candidate_run = capture(base), capture(candidate)
             base_run()  # the first replay uploads the graph
             once_s = clock(base_run)
             replays = max(1, math.ceil(_TIMING_S / once_s))
@@ -263,6 +261,19 @@ class Bench:
             clock=clock,
         )
         return Pairs(**asdict(found) | {k: getattr(found, k) / replays for k in _PER_LAYER})
+
+    @property
+    def clock(self) -> Clock:
+        """For what :meth:`runner` makes."""
+        return wall_clock if self.device == "cpu" else head_start_clock
+
+    def runner(self, calls: Sequence[Attend]) -> Callable[[], object]:
+        """All calls of a side: in turn on a CPU, a replay of their graph on a GPU.
+
+        Raises:
+            RuntimeError: a call cannot be captured.
+        """
+        return in_turn(calls) if self.device == "cpu" else capture(calls)
 
     # Correctness ----------------------------------------------------------------------------------
 
@@ -297,14 +308,6 @@ class Bench:
 
 
 _PER_LAYER = ("base_us", "candidate_us")
-
-
-def _in_turn(calls: Sequence[Attend]) -> Callable[[], object]:
-    def run() -> None:
-        for call in calls:
-            call()
-
-    return run
 
 
 def fits(kernel: Kernel, choice: LayoutChoice) -> bool:
