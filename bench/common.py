@@ -206,12 +206,16 @@ def report(
         "commit": git_commit(),
         "machine": machine(),
         "command": [Path(word).name if "/" in word else word for word in sys.argv],
-        "settings": {
-            key: value.name if isinstance(value, Path) else value for key, value in settings.items()
-        },
+        "settings": {key: _without_folder(value) for key, value in settings.items()},
         "results": results,
         "targets": [target.as_json() for target in targets],
     }
+
+
+def _without_folder(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_folder(each) for each in value]
+    return value.name if isinstance(value, Path) else value
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

@@ -63,6 +63,17 @@ def _whole_pages(sizes: Lengths, page_bytes: int) -> int:
     return int(np.sum(-(-sizes // page_bytes))) * page_bytes
 
 
+def pages_each(
+    regions: Sequence[Region], page_bytes: int, tiles: Sequence[int], lengths: Lengths
+) -> Lengths:
+    """Pages of each sequence, cover among them: what its admission asks of the pool."""
+    tokens = np.max([-(-lengths // tile) * tile for tile in tiles], axis=0)
+    pages = np.zeros_like(lengths)
+    for region in regions:
+        pages += region.runs * -(-(tokens * region.token_bytes) // page_bytes)
+    return pages
+
+
 def read_lengths(path: Path) -> Lengths:
     """Final lengths, context plus generated tokens, of a trace; see :func:`read_trace`."""
     return read_trace(path).total

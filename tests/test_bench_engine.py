@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import bench.memory
-import bench.offline
 import bench.overlap
 import bench.prefix
 from bench.fake import Left, fake_gpu, open_fake_driver
@@ -71,40 +69,7 @@ def test_columns_may_be_in_any_order(tmp_path: Path) -> None:
     assert (trace.context[0], trace.generated[0]) == (2, 1)
 
 
-# Memory -------------------------------------------------------------------------------------------
-
-
-def test_memory(tmp_path: Path) -> None:
-    found = run(bench.memory, tmp_path / "memory.json")["results"]
-    cells = {
-        (c["driver"], c["order"], c["layers_per_region"], c["page_bytes"]): c
-        for c in found["cells"]
-    }
-    tokens = found["trace"]["tokens"]
-    for cell in cells.values():
-        layers = cell["measured_layers"]
-        assert 0 < cell["live_share"] <= 1
-        if layers:
-            assert cell["token_bytes"] == tokens * layers * 2 * 8 * 128 * 2
-            mapped = sum(cell["calls"][phase]["map"] for phase in ("admission", "decode"))
-            assert mapped > 0
-            assert cell["calls"]["end"]["create"] == 0
-    page = 2 << 20
-    one, four = cells["cuda", "token", 1, page], cells["cuda", "token", 4, page]
-    assert cells["cuda", "token", 8, page]["default"]
-    assert four["live_share"] > one["live_share"]  # more layers in a page, less is lost at the end
-    # A page is mapped by one call each, whatever the layout; access is set once a range.
-    for cell in (one, four):
-        pages = (cell["live_bytes"] + cell["cover_bytes"]) // page
-        assert cell["api_calls"]["cuMemMap"] == cell["api_calls"]["cuMemCreate"] == pages
-        assert cell["api_calls"]["cuMemUnmap"] <= pages
-    assert four["calls"]["admission"]["set_access"] == 16 * 2  # sequences x regions
-    assert one["calls"]["admission"]["set_access"] == 16 * 8
-    host = cells["host", "head", 8, 16 << 10]
-    assert host["default"]
-    assert host["measured_layers"] == 1
-    assert host["cover_bytes"] == 0
-    assert host["stretches"] == 4000 // 16
+# The fake GPU -------------------------------------------------------------------------------------
 
 
 def test_what_is_left_on_the_fake_is_found() -> None:
@@ -140,30 +105,6 @@ def test_overlap(tmp_path: Path) -> None:
 
 
 # Throughput ---------------------------------------------------------------------------------------
-
-
-def test_offline(tmp_path: Path) -> None:
-    found = run(bench.offline, tmp_path / "offline.json")["results"]
-    others = {"generate_batch", "manager", "padded"}
-    assert set(found["sides"]) == {"vattn", *others}
-    for side in found["sides"].values():
-        assert side["equal_texts"] == side["compared_texts"] == 2 * 6
-    assert found["generated_tokens"] == 6 * 6
-    assert set(found["ratios"]) == others
-
-
-def test_offline_with_lengths_of_a_trace(tmp_path: Path) -> None:
-    path = tmp_path / "trace.csv"
-    rows = "".join(f"x,{64 * (3 + i)},{64 * (1 + i % 4)}\n" for i in range(6))
-    path.write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{rows}")
-    sides = ["vattn", "manager", "padded", "padded sorted"]
-    found = run(bench.offline, tmp_path / "offline.json", "--trace", str(path), "--sides", *sides)[
-        "results"
-    ]
-    assert found["generated_tokens"] == 1 + 2 + 3 + 4 + 1 + 2
-    assert set(found["sides"]) == set(sides)
-    for side in found["sides"].values():
-        assert side["equal_texts"] == side["compared_texts"]
 
 
 def test_padding_changes_no_text() -> None:
