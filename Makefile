@@ -119,9 +119,9 @@ bench: $(STAMP_DEV)
 	$(BIN)/python -m bench.cache --json results/cache.json
 	$(BIN)/python -m bench.scheduler --json results/scheduler.json
 	$(BIN)/python -m bench.prefix --json results/prefix.json
-	$(BIN)/python -m bench.memory --json results/memory.json
+	$(BIN)/python -m bench memory --json results/memory.json
 	$(BIN)/python -m bench.overlap --json results/overlap.json
-	$(BIN)/python -m bench.offline --json results/offline.json
+	$(BIN)/python -m bench peers --json results/peers.json
 	$(BIN)/python -m bench.allocator --json results/allocator.json
 	$(BIN)/python -m bench.decoding --json results/decoding.json
 

@@ -1,4 +1,4 @@
-"""The ways to generate that `bench.offline` compares, each on a copy of the model of its own."""
+"""The ways to generate that `bench.levels.peers` compares, each on a model of its own."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from bench.batching_config import batching_config
+from bench.batching_config import FLASH, batching_config, has_setting
 from bench.common import Json
 
 PAD = 0  # a token that no prompt has
+DECISIVE = 0.1  # deviation of weights that is large enough for attention to decide the next token
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ def make_llama(
         num_attention_heads=width // head_dim,
         num_key_value_heads=width // head_dim,
         max_position_embeddings=positions,
-        # Large enough that attention decides the next token.
-        initializer_range=0.1,
+        initializer_range=DECISIVE,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=PAD,
@@ -91,39 +91,6 @@ class Side(Protocol):
     def close(self) -> None:
         """Gives back what it holds."""
         ...
-
-
-class Vattn:
-    """`vattn.LLM`, made once and kept."""
-
-    name = "vattn"
-
-    def __init__(self, model: LlamaForCausalLM, positions: int, **options: Any) -> None:
-        from vattn import LLM
-
-        self.llm = LLM(
-            model=copy.deepcopy(model),
-            dtype="float32",
-            max_model_len=positions,
-            skip_tokenizer_init=True,
-            **options,
-        )
-
-    def run(self, work: Work) -> list[list[int]]:
-        from vattn import SamplingParams
-
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": ids} for ids in work.prompts],
-            [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in work.new_tokens],
-            use_tqdm=False,
-        )
-        answers = [output.outputs[0] for output in outputs]
-        if failed := [answer.error for answer in answers if answer.error]:
-            raise RuntimeError(f"vattn failed {len(failed)} requests: {failed[0]}")
-        return [answer.token_ids for answer in answers]
-
-    def close(self) -> None:
-        self.llm.close()
 
 
 class Padded:
@@ -162,8 +129,8 @@ class Padded:
         model: Any = self.model
         with torch.inference_mode():
             texts: torch.Tensor = model.generate(
-                ids,
-                attention_mask=(ids != PAD).long(),
+                ids.to(model.device),
+                attention_mask=(ids != PAD).long().to(model.device),
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 pad_token_id=PAD,
@@ -188,23 +155,31 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """Of transformers' continuous batching; the rest is its defaults."""
+    """Of transformers' continuous batching; the rest is its defaults.
+
+    ``flash``: whether it may take FlashAttention; None leaves that to it.
+    """
 
     page_tokens: int
     step_tokens: int
     sequences: int
+    flash: bool | None = None
 
     def prepare(self, model: Any) -> None:
-        """Nothing: see :class:`Settings`."""
+        """See :class:`Settings`; without a setting, an attention named paged is left alone."""
+        if self.flash is False and not has_setting(FLASH):
+            model.set_attn_implementation("paged|sdpa")
 
     def config(self, work: Work) -> ContinuousBatchingConfig:
         """With room for the longest requests that run at once, so that nothing is evicted."""
         longest = sorted(work.totals)[-self.sequences :]
+        flash = {} if self.flash is None or not has_setting(FLASH) else {FLASH: self.flash}
         return batching_config(
             page_tokens=self.page_tokens,
             num_blocks=sum(-(-n // self.page_tokens) + 1 for n in longest),
             max_batch_tokens=self.step_tokens,
             max_requests_per_batch=self.sequences,
+            **flash,
         )
 
     def as_json(self) -> Json:
@@ -212,7 +187,7 @@ class BatchSettings:
             "page_size": self.page_tokens,
             "max_batch_tokens": self.step_tokens,
             "max_requests_per_batch": self.sequences,
-        }
+        } | ({} if self.flash is None else {FLASH: self.flash})
 
 
 class GenerateBatch:
@@ -285,21 +260,31 @@ class GenerateBatch:
             self._context.__exit__(None, None, None)
 
 
-def tune(
-    model: LlamaForCausalLM, grid: Sequence[BatchSettings], work: Work
-) -> tuple[BatchSettings, list[Json]]:
-    """The settings that are fastest here, and what each of them took (the better of two runs)."""
+def tune(model: Any, grid: Sequence[BatchSettings], work: Work) -> tuple[BatchSettings, list[Json]]:
+    """The settings that are fastest here, and what each of them took (the better of two runs).
+
+    Raises:
+        RuntimeError: none of them work; the message says why.
+    """
     tried: list[Json] = []
     for settings in grid:
-        side = GenerateBatch(model, settings, "")
-        seconds = []
-        for _ in range(2 if len(grid) > 1 else 0):
-            start = time.perf_counter()
-            side.run(work)
-            seconds.append(time.perf_counter() - start)
-        if seconds:
-            tried.append(settings.as_json() | {"tokens_per_s": work.generated / min(seconds)})
-    if not tried:
-        return grid[0], tried
-    best = max(range(len(grid)), key=lambda i: float(tried[i]["tokens_per_s"]))
-    return grid[best], tried
+        row = settings.as_json()
+        try:
+            row["tokens_per_s"] = work.generated / _best_of_two(model, settings, work)
+        except Exception as error:  # a kernel that is not there, memory: any type
+            row["why"] = f"{type(error).__name__}: {error}"
+        tried.append(row)
+    rates = [row.get("tokens_per_s", 0.0) for row in tried]
+    if not any(rates):
+        raise RuntimeError(f"no settings of generate_batch work; {tried[0]['why']}")
+    return grid[rates.index(max(rates))], tried
+
+
+def _best_of_two(model: Any, settings: BatchSettings, work: Work) -> float:
+    side = GenerateBatch(model, settings, "")
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        side.run(work)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

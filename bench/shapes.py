@@ -48,9 +48,11 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape("llama3-8b", LlamaConfig, 32, 4096, 14336, 32, 8, 128, 128256, False, 500000.0),
+        Shape("yi-6b", LlamaConfig, 32, 4096, 11008, 32, 4, 128, 64000, False, 5000000.0),
         Shape("qwen3-0.6b", Qwen3Config, 28, 1024, 3072, 16, 8, 128, 151936, True, 1000000.0),
         Shape("llama-8x512", LlamaConfig, 8, 512, 2048, 8, 4, 64, 4096, False),
         Shape("small-llama", LlamaConfig, 4, 256, 512, 8, 4, 32, 1024, False),
+        Shape("small-qwen3", Qwen3Config, 4, 256, 1024, 4, 2, 64, 4096, False),
         Shape("tiny-llama", LlamaConfig, 2, 64, 128, 4, 2, 16, 256, False),
         Shape("tiny-qwen3", Qwen3Config, 2, 64, 128, 4, 2, 16, 256, True),
     )
@@ -58,7 +60,12 @@ SHAPES = {
 
 
 def build_model(
-    shape: Shape, device: str, dtype: torch.dtype, positions: int, seed: int = 0
+    shape: Shape,
+    device: str,
+    dtype: torch.dtype,
+    positions: int,
+    seed: int = 0,
+    initializer_range: float | None = None,
 ) -> Any:
     """A transformers model with random weights, drawn on the device; no token ends a text.
 
@@ -68,7 +75,10 @@ def build_model(
         dtype: of the weights.
         positions: longest sequence in tokens.
         seed: of the weights.
+        initializer_range: deviation of the weights; None for the library's, at which attention
+            hardly ever decides the next token.
     """
+    drawn = {} if initializer_range is None else {"initializer_range": initializer_range}
     make_config: Any = shape.config
     config = make_config(
         vocab_size=shape.vocabulary,
@@ -84,6 +94,7 @@ def build_model(
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
+        **drawn,
     )
     config._attn_implementation = "sdpa"
     torch.manual_seed(seed)

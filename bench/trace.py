@@ -1,7 +1,8 @@
 """Requests as others have served them: how long their prompts and their answers were.
 
 A trace is a file with the columns ContextTokens and GeneratedTokens, as the Azure LLM inference
-traces have them (csv, or csv.gz). Without one, lengths are drawn with the means and medians of the
+traces have them, or num_prefill_tokens and num_decode_tokens, as those of vAttention's artifact do
+(csv, or csv.gz). Without one, lengths are drawn with the means and medians of the
 conversation trace of 2023.
 """
 
@@ -11,6 +12,7 @@ import csv
 import gzip
 import math
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 Lengths = npt.NDArray[np.int64]
+
+# Of the prompt and of the answer, by who publishes traces.
+COLUMNS = (("ContextTokens", "GeneratedTokens"), ("num_prefill_tokens", "num_decode_tokens"))
 
 # Of the conversation trace: (mean, median) of the prompt's tokens and of the answer's.
 CONTEXT = (1155.0, 1020.0)
@@ -88,18 +93,51 @@ def read_trace(path: Path) -> Trace:
     """A trace from a file.
 
     Raises:
-        ValueError: no columns ContextTokens and GeneratedTokens, or no rows.
+        ValueError: none of the pairs of :data:`COLUMNS`, or no rows.
     """
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", newline="") as file:
         rows = csv.DictReader(file)
-        if not {"ContextTokens", "GeneratedTokens"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"{path} has no columns ContextTokens and GeneratedTokens")
-        found = [(int(row["ContextTokens"]), int(row["GeneratedTokens"])) for row in rows]
+        header = set(rows.fieldnames or ())
+        names = next((pair for pair in COLUMNS if set(pair) <= header), None)
+        if names is None:
+            wanted = ", or ".join(" and ".join(pair) for pair in COLUMNS)
+            raise ValueError(f"{path} has no columns {wanted}")
+        found = [(int(row[names[0]]), int(row[names[1]])) for row in rows]
     if not found:
         raise ValueError(f"{path} has no requests")
     columns = np.array(found, dtype=np.int64)
     return Trace(columns[:, 0], columns[:, 1], path.name)
+
+
+def read_moments(path: Path) -> npt.NDArray[np.float64]:
+    """When the requests of a trace came, in seconds from the first on; float64, ascending.
+
+    Raises:
+        ValueError: no column TIMESTAMP, a moment that is no date with a time, or one before the
+            moment in front of it.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    found: list[float] = []
+    with opener(path, "rt", newline="") as file:
+        rows = csv.DictReader(file)
+        if "TIMESTAMP" not in (rows.fieldnames or ()):
+            raise ValueError(f"{path.name} has no column TIMESTAMP")
+        for number, row in enumerate(rows, 1):
+            try:
+                # Those of 2023 have seven digits after the second, those of 2024 a time zone.
+                moment = datetime.fromisoformat(row["TIMESTAMP"]).replace(tzinfo=UTC)
+            except ValueError:
+                raise ValueError(
+                    f"{path.name}: TIMESTAMP {row['TIMESTAMP']!r} of request {number} is not a "
+                    "date with a time, such as 2023-11-16 18:15:46.680"
+                ) from None
+            found.append(moment.timestamp())
+            if found[-1] < found[max(0, len(found) - 2)]:
+                raise ValueError(
+                    f"{path.name}: request {number} comes before the one in front of it; sort them"
+                )
+    return np.array(found) - (found[0] if found else 0.0)
 
 
 def draw_trace(requests: int = 4000, seed: int = 0) -> Trace:

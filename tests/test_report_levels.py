@@ -148,7 +148,7 @@ def test_the_project_s_own_document_is_what_its_results_say() -> None:
 def test_a_table_has_as_many_cells_as_columns() -> None:
     with pytest.raises(ValueError, match="has not 2 cells"):
         Table("t", ["a", "b"], [[1]])
-    rows = [["a|b", None], [0.123456, 12345]]
+    rows: list[list[object]] = [["a|b", None], [0.123456, 12345]]
     assert Table("t", ["x", "y"], rows).markdown().splitlines()[-2:] == [
         "| a\\|b | - |",
         "| 0.123 | 12,345 |",

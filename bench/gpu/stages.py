@@ -111,6 +111,8 @@ def _level(name: str, least_s: float, most_s: float, rows: tuple[str, ...], *pre
     )
 
 
+_MEMORY = ("waste", "batch", "calls", "rate", "tables", "latency")
+
 # Correctness first, then what decides most. A stage may use what earlier ones left over. The least
 # times of those that are not "alone" leave over a minute of TOTAL_S for what takes longer.
 STAGES = (
@@ -247,18 +249,18 @@ STAGES = (
         rehearsal=("--run", "--device", "cpu"),
         alone=True,
     ),
-    _level("kernels", 120, 300, ("cells",)),
-    _level("kernels", 120, 240, ("cells",), "paper-prefill"),
-    _level("kernels", 90, 180, ("cells",), "paper-decode"),
-    _level("memory", 40, 120, ("cells",)),
-    _level("memory", 30, 90, ("cells",), "paper-allocation"),
-    _level("memory", 30, 90, ("cells",), "paper-fragmentation"),
-    _level("offline", 150, 300, ("cells",)),
-    _level("offline", 120, 300, ("cells",), "paper-offline"),
-    _level("serving", 120, 240, ("cells",)),
-    _level("allocator", 30, 90, ("cells",)),
-    _level("ablations", 100, 240, ("cells",)),
-    _level("peers", 100, 240, ("cells",)),
+    _level("kernels", 120, 300, ("rows",)),
+    _level("kernels", 120, 240, ("rows",), "paper-prefill"),
+    _level("kernels", 90, 180, ("rows",), "paper-decode"),
+    _level("memory", 40, 120, _MEMORY),
+    _level("memory", 30, 90, _MEMORY, "paper-allocation"),
+    _level("memory", 30, 90, _MEMORY, "paper-fragmentation"),
+    _level("offline", 150, 300, ("contexts", "rounds")),
+    _level("offline", 120, 300, ("contexts", "rounds"), "paper-offline"),
+    _level("serving", 120, 240, ("rates",)),
+    _level("allocator", 30, 90, ("replays",)),
+    _level("ablations", 100, 240, ("choices", "loops")),
+    _level("peers", 100, 240, ("throughput",)),
 )
 
 # What one run has time for, with more than the least time for each stage.
