@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bench.paged.kernels
-from bench.levels import kernels_sides
+from bench.levels.kernels import sides as kernels_sides
 from bench.paged.calls import PagedCall
 from bench.paged.flash_kernels import FlashKernel
 from bench.paged.kernels import PagedKernel

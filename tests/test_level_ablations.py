@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from bench.__main__ import main
 from bench.levels import registry
-from bench.levels.ablations import CHOICES, COSTS, Ablations
-from bench.levels.ablations_choices import choices, fresh_storage
+from bench.levels.ablations.choices import choices, fresh_storage
+from bench.levels.ablations.level import CHOICES, COSTS, Ablations
 from bench.shapes import SHAPES, build_model
 from tests.test_bench import KEYS
 from vattn import LLM

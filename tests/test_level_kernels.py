@@ -13,14 +13,14 @@ import torch
 
 from bench.__main__ import main, parse
 from bench.common import Json
-from bench.levels import kernels_run
-from bench.levels.kernels import Kernels
-from bench.levels.kernels_blocks import SHUFFLED
-from bench.levels.kernels_cells import Cells, sampled
-from bench.levels.kernels_grid import SHAPES, Case, Shape
-from bench.levels.kernels_presets import PRESETS
-from bench.levels.kernels_sides import attention_spec, load_libraries
-from bench.levels.kernels_time import Effort
+from bench.levels.kernels import run as kernels_run
+from bench.levels.kernels.blocks import SHUFFLED
+from bench.levels.kernels.cells import Cells, sampled
+from bench.levels.kernels.grid import SHAPES, Case, Shape
+from bench.levels.kernels.level import Kernels
+from bench.levels.kernels.presets import PRESETS
+from bench.levels.kernels.sides import attention_spec, load_libraries
+from bench.levels.kernels.time import Effort
 from bench.paged.calls import PagedCall
 from bench.problem import Problem, reference
 from tests.kernel_sides import Blocks, Slots, installed
@@ -38,7 +38,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def known_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.levels.kernels_run.copy_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr("bench.levels.kernels.run.copy_bandwidth", lambda device: 1e10)
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from bench.device import device_clock
-from bench.levels import kernels_time
-from bench.levels.kernels_blocks import CONSECUTIVE, SHUFFLED, make_blocks, place_blocks
-from bench.levels.kernels_cells import Cells
-from bench.levels.kernels_grid import SHAPES, Case, Phase, cases, distinct, shapes_json
-from bench.levels.kernels_time import Effort, runners, take_turns
+from bench.levels.kernels import time as kernels_time
+from bench.levels.kernels.blocks import CONSECUTIVE, SHUFFLED, make_blocks, place_blocks
+from bench.levels.kernels.cells import Cells
+from bench.levels.kernels.grid import SHAPES, Case, Phase, cases, distinct, shapes_json
+from bench.levels.kernels.time import Effort, runners, take_turns
 from bench.problem import Problem
 from tests.kernel_sides import Blocks
 

@@ -12,10 +12,10 @@ import torch
 
 from bench.common import Json, summarize_pairs
 from bench.layout_points import Model
-from bench.levels.kernels import Kernels
-from bench.levels.kernels_contiguous import of_sdpa, pages_of_slots, ragged_prompt
-from bench.levels.kernels_sides import attention_spec
-from bench.levels.kernels_tables import summarize
+from bench.levels.kernels.contiguous import of_sdpa, pages_of_slots, ragged_prompt
+from bench.levels.kernels.level import Kernels
+from bench.levels.kernels.sides import attention_spec
+from bench.levels.kernels.tables import summarize
 from bench.levels.repeat import repeated
 from bench.problem import Problem, reference
 from tests.kernel_sides import Blocks, attend

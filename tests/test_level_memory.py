@@ -13,12 +13,15 @@ import pytest
 from bench.__main__ import main
 from bench.common import Json
 from bench.fake import PUBLISHED_US, fake_gpu, open_fake_driver
-from bench.levels import memory_batch, memory_paged, memory_rate, memory_steps
 from bench.levels.fold import fold, grouped, unfold
-from bench.levels.memory import Memory
-from bench.levels.memory_calls import modelled_us, serve
-from bench.levels.memory_cells import Cell, compute, measure, waste_row
-from bench.levels.memory_shapes import (
+from bench.levels.memory import batch as memory_batch
+from bench.levels.memory import paged as memory_paged
+from bench.levels.memory import rate as memory_rate
+from bench.levels.memory import steps as memory_steps
+from bench.levels.memory.calls import modelled_us, serve
+from bench.levels.memory.cells import Cell, compute, measure, waste_row
+from bench.levels.memory.level import Memory
+from bench.levels.memory.shapes import (
     ALL,
     PUBLISHED_MOST,
     PUBLISHED_PAGES,

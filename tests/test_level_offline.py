@@ -26,7 +26,7 @@ from bench.levels.engines import (
     open_sides,
     parse_side,
 )
-from bench.levels.offline_work import (
+from bench.levels.offline.work import (
     LONG_REQUESTS,
     draw_long_trace,
     fixed_works,

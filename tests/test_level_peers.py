@@ -13,13 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import bench.levels.peers as peers
+import bench.levels.peers.level as peers
 from bench.__main__ import main, parse
 from bench.levels.engines import EngineSettings
-from bench.levels.peers_model import save_model, weight_bytes
-from bench.levels.peers_process import PeerProcess, missing
-from bench.levels.peers_sides import Turns, peer_settings
-from bench.levels.peers_worker import NANO_TEMPERATURE
+from bench.levels.peers.model import save_model, weight_bytes
+from bench.levels.peers.process import PeerProcess, missing
+from bench.levels.peers.sides import Turns, peer_settings
+from bench.levels.peers.worker import NANO_TEMPERATURE
 from bench.offline_sides import BatchSettings, GenerateBatch, Work, make_work, tune
 from bench.provenance import ROOT
 from bench.shapes import SHAPES, build_model
@@ -188,9 +188,9 @@ def test_nano_vllm_as_its_stand_in(tmp_path: Path, model: Any) -> None:
 
 
 def test_who_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.levels.peers_process.find_spec", lambda name: None)
+    monkeypatch.setattr("bench.levels.peers.process.find_spec", lambda name: None)
     assert missing("nano-vllm") == "not installed: there is no module 'nanovllm'"
-    monkeypatch.setattr("bench.levels.peers_process.find_spec", lambda name: name)
+    monkeypatch.setattr("bench.levels.peers.process.find_spec", lambda name: name)
     assert missing("vllm") is None
 
 

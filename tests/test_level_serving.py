@@ -12,21 +12,21 @@ from typing import Any, Self
 import numpy as np
 import pytest
 
-import bench.levels.serving as serving
+import bench.levels.serving.level as serving
 from bench.__main__ import main, parse
 from bench.common import Budget
 from bench.levels.arrivals import mean_rate, poisson_arrivals, trace_arrivals
 from bench.levels.budget_share import Share
 from bench.levels.engines import EngineSettings
 from bench.levels.open_loop import Window, serve_open_loop
-from bench.levels.serving_metrics import (
+from bench.levels.serving.metrics import (
     Served,
     metrics,
     most_at_once,
     parse_goodput,
     summary,
 )
-from bench.levels.serving_windows import Turns
+from bench.levels.serving.windows import Turns
 from bench.trace import read_moments
 from tests.models import one_thread
 from vattn.request import FinishReason, Request, Status

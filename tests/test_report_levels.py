@@ -27,7 +27,7 @@ class Counted(Level):
 
     name = "kernels"
     summary = "counts"
-    rows = ("cells",)
+    rows = ("rows",)
     defaults: ClassVar[Json] = {"cpu": {}, "cuda": {}}
     small: ClassVar[Json] = {}
 
@@ -35,16 +35,16 @@ class Counted(Level):
         del cli
 
     def measure(self, args: argparse.Namespace, out: Partial) -> None:
-        out.append("cells", {"n": 1})
+        out.append("rows", {"n": 1})
 
     def tables(self, results: Json) -> list[Table]:
-        return [Table("counts", ["n"], [[row["n"]] for row in results["cells"]], "a note")]
+        return [Table("counts", ["n"], [[row["n"]] for row in results["rows"]], "a note")]
 
     def targets(self, settings: Json, results: Json) -> list[Target]:
         return []
 
     def draw(self, figure: Any, results: Json) -> bool:
-        figure.subplots().plot([row["n"] for row in results["cells"]])
+        figure.subplots().plot([row["n"] for row in results["rows"]])
         return True
 
 
@@ -76,7 +76,7 @@ def put(root: Path, results: Json, *, name: str = "kernels", **changes: Any) -> 
 
 def test_results_become_tables_and_plots(root: Path) -> None:
     published = {"what": "prefill", "figure": "1.2x", "setting": "A100", "source": "a paper"}
-    put(root, {"cells": [{"n": 7}], "absent": {"fa3": "not installed"}, "published": [published]})
+    put(root, {"rows": [{"n": 7}], "absent": {"fa3": "not installed"}, "published": [published]})
     assert report_levels.problems(root)
     report_levels.update(root)
     assert report_levels.problems(root) == []
@@ -95,14 +95,14 @@ def test_results_become_tables_and_plots(root: Path) -> None:
 
 
 def test_presets_stand_beside_the_level(root: Path) -> None:
-    put(root, {"cells": [{"n": 1}]})
-    put(root, {"cells": [{"n": 2}], "preset": "paper-prefill"}, name="kernels-paper-prefill")
+    put(root, {"rows": [{"n": 1}]})
+    put(root, {"rows": [{"n": 2}], "preset": "paper-prefill"}, name="kernels-paper-prefill")
     names = [file.name for file in report_levels.level_files(root)]
     assert names == ["kernels", "kernels-paper-prefill"]
 
 
 def test_stages_of_a_gpu_are_shown_with_their_status(root: Path) -> None:
-    found = stage("level-kernels", {"cells": [{"n": 3}]}, status="partial", note="")
+    found = stage("level-kernels", {"rows": [{"n": 3}]}, status="partial", note="")
     inner = found["results"] | {"benchmark": "kernels", "commit": COMMIT, "machine": {"cpu": "c"}}
     inner |= {"versions": {"torch": "2.11.0"}, "command": ["__main__.py", "kernels"]}
     folder = root / "bench/results/nvidia-h200"
@@ -115,7 +115,7 @@ def test_stages_of_a_gpu_are_shown_with_their_status(root: Path) -> None:
 
 
 def test_small_settings_and_strangers_are_refused(root: Path) -> None:
-    path = put(root, {"cells": []}, settings={"small": True})
+    path = put(root, {"rows": []}, settings={"small": True})
     with pytest.raises(ValueError, match="is of --small"):
         report_levels.level_files(root)
     path.unlink()
@@ -125,7 +125,7 @@ def test_small_settings_and_strangers_are_refused(root: Path) -> None:
 
 
 def test_what_has_no_result_goes(root: Path) -> None:
-    path = put(root, {"cells": [{"n": 7}]})
+    path = put(root, {"rows": [{"n": 7}]})
     report_levels.update(root)
     path.unlink()
     assert any("has no result" in problem for problem in report_levels.problems(root))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from bench.levels.arrivals import Moments
-from bench.levels.serving_metrics import Served
+from bench.levels.serving.metrics import Served
 from vattn.request import Request
 
 _IDLE_S = 0.01  # longest sleep, so that a moment is not missed by a timer's whole error

@@ -8,13 +8,13 @@ from bench.levels.level import Level
 
 # Module and class of each; imported when it is asked for, since some need much.
 _LEVELS = {
-    "kernels": ("bench.levels.kernels", "Kernels"),
-    "memory": ("bench.levels.memory", "Memory"),
-    "offline": ("bench.levels.offline", "Offline"),
-    "serving": ("bench.levels.serving", "Serving"),
+    "kernels": ("bench.levels.kernels.level", "Kernels"),
+    "memory": ("bench.levels.memory.level", "Memory"),
+    "offline": ("bench.levels.offline.level", "Offline"),
+    "serving": ("bench.levels.serving.level", "Serving"),
     "allocator": ("bench.levels.allocator", "Allocator"),
-    "ablations": ("bench.levels.ablations", "Ablations"),
-    "peers": ("bench.levels.peers", "Peers"),
+    "ablations": ("bench.levels.ablations.level", "Ablations"),
+    "peers": ("bench.levels.peers.level", "Peers"),
 }
 NAMES = tuple(_LEVELS)
 

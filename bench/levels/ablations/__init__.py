@@ -1,0 +1,1 @@
+"""Our own choices, one by one."""

@@ -1,0 +1,1 @@
+"""Attention alone, contiguous and paged."""

@@ -1,0 +1,1 @@
+"""Bytes, batches and driver calls, without a model."""

@@ -1,0 +1,1 @@
+"""Arrivals in time: latencies and goodput."""
