@@ -1,6 +1,6 @@
 """The README's GPU tables, those of the levels, and the plots, from committed results alone.
 
-    python -m bench.report                # rewrites README.md, docs/benchmarks.md and docs/images
+    python -m bench.report                # rewrites README.md, docs/levels.md and docs/images
     python -m bench.report --check                        # fails if they are not as it writes
     python -m bench.report --collect results/nvidia-h200  # takes over what a gpu-check measured
     python -m bench.report --suggest bench/results/nvidia-h200/layout.json

@@ -1,4 +1,4 @@
-"""The tables and plots of the levels in docs/benchmarks.md, from committed results alone."""
+"""The tables and plots of the levels in docs/levels.md, from committed results alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.levels.table import Table
 from bench.report_files import gpu_folders, load
 
 BEGIN, END = "<!-- levels:begin -->", "<!-- levels:end -->"
-DOCUMENT = Path("docs") / "benchmarks.md"
+DOCUMENT = Path("docs") / "levels.md"
 IMAGES = Path("docs") / "images"
 UNMEASURED = "Nothing is measured yet; `python -m bench LEVEL --json FILE` measures it.\n"
 STAGE = "level-"  # with which the names of their stages in gpu-check begin

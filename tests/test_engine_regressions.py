@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import pytest
+import torch
 
 import vattn
 from tests.engine_cases import Case, assert_nothing_left, greedy, make_llm, mixed_cases, reference
@@ -197,3 +198,40 @@ def test_the_samples_of_a_prompt_are_aborted_by_its_name() -> None:
     assert [sample.finish_reason for sample in samples] == ["abort"] * 3
     assert not engine._samples
     finish(engine)
+
+
+@pytest.mark.parametrize("how", ["abort", "preempt"])
+def test_a_prompt_without_numbers_that_ends_half_way_spoils_nobody(how: str) -> None:
+    """What it had computed counted as numbers, and whoever took its pages failed."""
+    llm = make_llm(
+        max_num_seqs=2,
+        kv_cache_memory_bytes="400KiB",
+        strict=False,  # where memory that is not mapped faults, nobody reads beyond another's end
+        max_num_batched_tokens=16,
+        async_scheduling=False,
+    )
+    engine: Any = llm.engine
+    with torch.no_grad():
+        llm.model.get_input_embeddings().weight[95] = float("nan")
+    bad = [7] * 100
+    bad[5] = 95
+    request = start(engine, bad, 4, "bad")
+    for _ in range(3):
+        engine.step()
+    assert not request.output_ids
+    if how == "abort":
+        engine.abort("bad")
+    else:
+        engine.memory.preempt(request)  # gives its pages to others, and never gets to its end
+        engine.memory.admit(request)
+        engine.abort("bad")
+    while engine.has_unfinished:
+        engine.step()
+    rng = random.Random(1)
+    good = [[rng.randrange(3, 90) for _ in range(n)] for n in (9, 21, 40, 13, 55, 60, 35, 11)]
+    outputs = llm.generate(
+        [{"prompt_token_ids": ids} for ids in good], [greedy(12)] * len(good), use_tqdm=False
+    )
+    assert [output.outputs[0].error for output in outputs] == [None] * len(good)
+    assert_nothing_left(llm)
+    llm.close()

@@ -1,4 +1,4 @@
-"""The levels' part of docs/benchmarks.md: rendered from committed results and from nothing else."""
+"""docs/levels.md: rendered from committed results and from nothing else."""
 
 from __future__ import annotations
 

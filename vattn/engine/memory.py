@@ -174,7 +174,9 @@ class MemoryManager(Admission):
         request.computed = tokens = min(request.computed, len(request.tokens))
         self._cut(request)
         request.kv = self.usage(request)
-        if not sound:
+        # That what it has computed are numbers is known since the first token that was sampled from
+        # it. Before, whoever begins alike may have it, since it would compute the same.
+        if not (sound and request.output_ids):
             self.cache.mark_dirty(slot)
         keep = keep and self.prefix_caching and tokens > 0
         del self._owners[slot]
