@@ -10,7 +10,6 @@ The JSON of every benchmark has the keys of :func:`report`: ``benchmark``, ``tim
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.provenance import ROOT, git_commit, machine, versions
+from bench.result_text import as_text
 from vattn.config import format_bytes, parse_bytes
 
 RESULTS = ROOT / "bench" / "results"
@@ -220,7 +220,7 @@ def _without_folder(value: Any) -> Any:
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    path.write_text(as_text(document))
     print(f"wrote {path}")
 
 

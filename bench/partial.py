@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import Json, Target, print_targets, report
+from bench.result_text import as_text
 
 
 class Partial:
@@ -75,7 +75,7 @@ class Partial:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         beside = self._path.with_name(f".{self._path.name}.part")
-        beside.write_text(json.dumps(self._document, indent=1, default=str) + "\n")
+        beside.write_text(as_text(self._document))
         beside.replace(self._path)
 
     def end(self, rows: Sequence[str] = ()) -> int:

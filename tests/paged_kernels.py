@@ -1,4 +1,4 @@
-"""Stand-ins for paged kernels, with the signatures of the real ones, and a world of block tables.
+"""Stand-ins for paged kernels, with the signatures of the real ones.
 
 As in ``tests.attention_kernels``, each computes attention from nothing but its arguments: blocks, a
 table, lengths. What is behind a sequence's last token is finite garbage, block 0's content as well.
@@ -6,20 +6,13 @@ table, lengths. What is behind a sequence's last token is finite garbage, block 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 
-from bench.paged.backends import PagedBackend
-from bench.paged.cache import PagedCache
 from tests.attention_kernels import VLLM_FA2_KVCACHE, VLLM_FA2_VARLEN, VLLM_FA3, Recorder
-from tests.attention_reference import GARBAGE, World
-from vattn.attention.base import AttentionSpec, Step
-from vattn.kv.layout import LayerSpec
 
 
 class PagedRecorder(Recorder):
@@ -313,187 +306,3 @@ def operators(recorder: PagedRecorder) -> Iterator[dict[str, Any]]:
             library.define(text)
             library.impl(name, make(recorder), "CompositeExplicitAutograd")
         yield {name: getattr(torch.ops.vattn_paged_stand_in, name).default for name in made}
-
-
-# FlashInfer 0.2.14 --------------------------------------------------------------------------------
-
-
-def flashinfer(recorder: PagedRecorder) -> tuple[Any, Any]:
-    """Its wrapper classes; ``recorder.calls`` has their plans, too."""
-
-    class Wrapper:
-        kind: str
-        masks: dict[str, Any]
-        dtype: torch.dtype
-
-        def _plan(self, queries: Any, indptr: Any, indices: Any, last: Any, page: int) -> None:
-            for tensor in (queries, indptr, indices, last):
-                # Lengths are read on the host, whatever device they are on.
-                assert tensor.device.type == "cpu"
-                assert tensor.dtype == torch.int32
-            counts = indptr.diff()
-            assert counts.min() >= 1
-            assert 1 <= int(last.min()) <= int(last.max()) <= page
-            assert len(indices) == int(indptr[-1])
-            self.queries, self.page, self.indptr, self.indices = queries, page, indptr, indices
-            self.lens = ((counts - 1) * page + last).to(torch.int32)
-
-        def run(  # type: ignore[no-untyped-def]
-            self, q, paged_kv_cache, *args, q_scale=None, k_scale=None, v_scale=None, out=None,
-            lse=None, return_lse=False, enable_pdl=None, window_left=None, sinks=None,
-        ):  # fmt: skip
-            k, v = paged_kv_cache
-            assert k.shape[1] == self.page
-            assert q.is_contiguous()
-            assert q.dtype == k.dtype == self.dtype
-            recorder.record(self.kind, {"k": k, "v": v})
-            keys = []
-            for i in range(len(self.lens)):
-                row = self.indices[int(self.indptr[i]) : int(self.indptr[i + 1])].long()
-                keys.append((k[row].flatten(0, 1), v[row].flatten(0, 1)))
-            bounds = self.queries.tolist()
-            rows = [q[a:b] for a, b in itertools.pairwise(bounds)]
-            outs, _ = recorder.attend(rows, keys, self.lens, **self.masks)
-            return torch.cat(outs)
-
-    class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
-        kind = "decode"
-
-        def __init__(  # type: ignore[no-untyped-def]
-            self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False,
-            use_tensor_cores=False, paged_kv_indptr_buffer=None, paged_kv_indices_buffer=None,
-            paged_kv_last_page_len_buffer=None, backend="auto", jit_args=None,
-        ):  # fmt: skip
-            assert float_workspace_buffer.dtype == torch.uint8
-            assert not float_workspace_buffer.any()
-            assert (kv_layout, use_cuda_graph) == ("NHD", False)
-            self.use_tensor_cores = use_tensor_cores
-
-        def plan(  # type: ignore[no-untyped-def]
-            self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size,
-            pos_encoding_mode="NONE", window_left=-1, logits_soft_cap=None,
-            q_data_type="float16", kv_data_type=None, data_type=None, sm_scale=None,
-            rope_scale=None, rope_theta=None, non_blocking=True, block_tables=None, seq_lens=None,
-        ):  # fmt: skip
-            recorder.record("plan", {})
-            assert self.use_tensor_cores == (num_qo_heads // num_kv_heads >= 4)
-            queries = torch.arange(len(indptr), dtype=torch.int32)
-            self._plan(queries, indptr, indices, last_page_len, page_size)
-            self.masks = {
-                "scale": sm_scale, "causal": False, "left": window_left, "right": -1,
-                "softcap": logits_soft_cap,
-            }  # fmt: skip
-            self.dtype = q_data_type
-
-    class BatchPrefillWithPagedKVCacheWrapper(Wrapper):
-        kind = "chunks"
-
-        def __init__(  # type: ignore[no-untyped-def]
-            self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False,
-            qo_indptr_buf=None, paged_kv_indptr_buf=None, paged_kv_indices_buf=None,
-            paged_kv_last_page_len_buf=None, custom_mask_buf=None, mask_indptr_buf=None,
-            backend="auto", jit_args=None, jit_kwargs=None,
-        ):  # fmt: skip
-            assert (kv_layout, use_cuda_graph) == ("NHD", False)
-
-        def plan(  # type: ignore[no-untyped-def]
-            self, qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len,
-            num_qo_heads, num_kv_heads, head_dim_qk, page_size, head_dim_vo=None,
-            custom_mask=None, packed_custom_mask=None, causal=False, pos_encoding_mode="NONE",
-            use_fp16_qk_reduction=False, sm_scale=None, window_left=-1, logits_soft_cap=None,
-            rope_scale=None, rope_theta=None, q_data_type="float16", kv_data_type=None,
-            non_blocking=True, prefix_len_ptr=None, token_pos_in_items_ptr=None,
-            token_pos_in_items_len=0, max_item_len_ptr=None, seq_lens=None, seq_lens_q=None,
-            block_tables=None, max_token_per_sequence=None, max_sequence_kv=None,
-        ):  # fmt: skip
-            recorder.record("plan", {})
-            self._plan(
-                qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, page_size
-            )
-            self.masks = {
-                "scale": sm_scale, "causal": causal, "left": window_left, "right": -1,
-                "softcap": logits_soft_cap,
-            }  # fmt: skip
-            self.dtype = q_data_type
-
-    return BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
-
-
-# Sequences in blocks ------------------------------------------------------------------------------
-
-
-class PagedWorld(World):
-    """Sequences in a cache of blocks, whose free blocks come in random order."""
-
-    cache: Any
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for layer in range(len(self.specs)):
-            for tensor in self.cache.layer(layer):
-                tensor.fill_(GARBAGE)
-        # Take every block, and give them back in another order.
-        slots = [self.cache.open() for _ in range(self.cache.max_seqs)]
-        for i in range(self.cache.blocks.free):
-            slot = slots[i % len(slots)]
-            tokens = (int(self.cache.counts[slot]) + 1) * self.cache.block_tokens
-            if tokens <= self.cache.max_tokens:
-                self.cache.ensure([slot], [tokens])
-        random = np.random.default_rng(self.seed)
-        for slot in random.permutation(slots):
-            while self.cache.tokens(int(slot)):
-                self.cache.truncate(
-                    int(slot), max(0, self.cache.tokens(int(slot)) - self.cache.block_tokens)
-                )
-            self.cache.release(int(slot))
-
-    def fork(self, slot: int, tokens: int) -> int:
-        """A new sequence that shares the blocks of another's first tokens, whole ones."""
-        size = self.cache.block_tokens
-        assert tokens % size == 0
-        index = self.open()
-        blocks = self.cache.blocks_of(slot)[: tokens // size]
-        self.cache.blocks.share(blocks)
-        self.cache.hold(index, blocks, tokens)
-        self.history[index] = [(k[:tokens], v[:tokens]) for k, v in self.history[slot]]
-        return index
-
-    def release(self, slot: int) -> None:
-        self.cache.release(slot)
-        del self.history[slot]
-
-    def end(self) -> None:
-        """Releases everything; no block may be left."""
-        for slot in list(self.history):
-            self.release(slot)
-        self.cache.check()
-        assert self.cache.blocks.live == 0
-        self.cache.close()
-
-    def prepare(self, decodes: Sequence[int] = (), chunks: Sequence[tuple[int, int]] = ()) -> Step:
-        new = [(slot, 1) for slot in sorted(decodes)] + list(chunks)
-        slots, lens = (np.array(x, np.int32) for x in zip(*new, strict=True))
-        kv_lens = np.array([self.tokens(slot) for slot in slots], np.int32) + lens
-        self.cache.ensure(slots, kv_lens)
-        return Step(self.cache, slots, lens, kv_lens, len(decodes))
-
-
-def paged_world(
-    backend: PagedBackend,
-    specs: Sequence[AttentionSpec],
-    *,
-    block_tokens: int,
-    max_seqs: int = 8,
-    max_tokens: int = 600,
-    seed: int = 0,
-) -> PagedWorld:
-    """A world on a cache of its own."""
-    cache = PagedCache(
-        [LayerSpec(s.kv_heads, s.head_dim, s.dtype, s.window) for s in specs],
-        device="cpu",
-        max_seqs=max_seqs,
-        max_tokens=max_tokens,
-        num_blocks=1 + max_seqs * -(-max_tokens // block_tokens),
-        block_tokens=block_tokens,
-    )
-    return PagedWorld(backend, specs, cache, seed=seed)  # type: ignore[arg-type]

@@ -24,9 +24,14 @@ MAX_LEN = 512
 
 
 def make_engine(
-    *, pages: int = 400, window: bool = False, before: Any = lambda: None, **options: Any
+    *,
+    pages: int = 400,
+    window: bool = False,
+    before: Any = lambda: None,
+    pool: vattn.PagePool | None = None,
+    **options: Any,
 ) -> Engine:
-    pool = vattn.PagePool(
+    pool = pool or vattn.PagePool(
         "cpu",
         driver=vattn._core.host_driver(strict=True),
         page_bytes=PAGE,

@@ -14,9 +14,18 @@ import pytest
 
 import vattn
 from tests.stub_model import expected_tokens
-from tests.test_engine_memory import TOKENS_PER_PAGE, drive, finish, make_engine, prompt, start
+from tests.test_engine_memory import (
+    PAGE,
+    TOKENS_PER_PAGE,
+    drive,
+    finish,
+    make_engine,
+    prompt,
+    start,
+)
 from vattn.engine.engine import Engine
 from vattn.engine.eviction import EvictionPolicy, KeptSequence, PolicyError
+from vattn.engine.ranks import RankFunction
 from vattn.request import Request
 
 HOT = prompt(150)
@@ -92,6 +101,58 @@ def test_what_is_not_named_goes_by_its_last_use_after_the_named() -> None:
     serve(engine, prompt(320, 9), 20, "long")  # 22 pages, and 16 have no content yet
     cached = {i: serve(engine, prompt(150, i), 1, f"{i}").cached for i in (4, 2, 3, 1)}
     assert cached[3] < cached[2] == cached[4] == 149
+    finish(engine)
+
+
+def test_who_was_named_before_goes_by_its_last_use() -> None:
+    """The newest is named in the first call alone: with it goes a page, and then the oldest."""
+    spy = Spy()
+    spy.answer = lambda kept: sorted(kept, key=lambda k: -k.last_used_s)[: len(spy.asked) == 1]
+    engine = make_engine(pages=60, eviction_policy=spy)
+    flood(engine, range(1, 5))
+    serve(engine, prompt(250, 9), 150, "long")
+    assert len(spy.asked) > 3
+    left = {k.id: k.tokens for k in spy.asked[-1][0]}
+    assert 150 <= left[3] < 169  # all of them have
+    assert left[0] < left[1] == left[2] == 169
+    finish(engine)
+
+
+def test_stale_pages_of_another_engine_go_before_what_is_kept() -> None:
+    """Two engines on a pool; whoever is asked is asked before anything goes."""
+    spy = Spy()
+    pool = vattn.PagePool(
+        "cpu", driver=vattn._core.host_driver(strict=True), page_bytes=4096, budget_bytes=40 * 4096
+    )
+    engine = make_engine(pool=pool, eviction_policy=spy)
+    other = make_engine(pool=pool, enable_prefix_caching=False)
+    for seed in (1, 2):
+        serve(engine, prompt(100, seed), 5, f"{seed}")
+    serve(other, prompt(300, 5), 10, "other")  # 20 pages, which are stale now
+    request = start(engine, prompt(200, 7), 2, "long")
+    engine.step()
+    assert (len(spy.asked), engine.stats().cache.evicted_tokens) == (0, 0)
+    drive(engine, request)
+    other.close()
+    finish(engine)
+
+
+def test_a_lower_budget_asks_too() -> None:
+    spy = Spy(lambda kept: sorted(kept, key=is_hot))
+    engine = make_engine(pages=60, eviction_policy=spy)
+    serve(engine, HOT, 20, "hot")
+    flood(engine, (1, 2))  # 33 pages are kept
+    engine.memory.set_budget(40 * PAGE)
+    engine.memory.set_budget(f"{50 * PAGE}")
+    assert spy.asked == []
+    engine.memory.set_budget(20 * PAGE)
+    ((_, pages),) = spy.asked
+    assert pages == 13
+    assert serve(engine, HOT, 1, "again").cached == 149
+    spy.answer = fails
+    with pytest.raises(PolicyError, match="ZeroDivisionError"):
+        engine.memory.set_budget(PAGE)
+    assert engine.cache.pool.stats().budget_bytes == 20 * PAGE
     finish(engine)
 
 
@@ -175,6 +236,42 @@ def test_what_a_policy_sees_of_a_sequence() -> None:
     finish(engine)
 
 
+def test_a_sequence_is_known_by_its_id() -> None:
+    spy = Spy()
+    engine = make_engine(pages=30, eviction_policy=spy)
+    first = serve(engine, HOT, 20, "first")
+    serve(engine, prompt(150, 1), 20, "second")
+    turn = serve(engine, [*first.tokens, 9], 10, "turn")  # in place
+    assert engine.stats().requests_reopened == 1
+    serve(engine, prompt(300, 4), 20, "long")
+    seen: dict[int, set[tuple[int, ...]]] = {}
+    for kept, _ in spy.asked:
+        assert len({k.id for k in kept}) == len({k.last_used_s for k in kept}) == len(kept)
+        for k in kept:
+            seen.setdefault(k.id, set()).add(tuple(k.token_ids[:10]))
+    assert len(spy.asked) > 1
+    assert seen == {0: {tuple(HOT[:10])}, 1: {tuple(prompt(10, 1))}}
+    assert tuple(turn.tokens[:10]) == tuple(HOT[:10])
+    flood(engine, range(5, 9))  # in the same slots
+    assert {k.id for k in spy.asked[-1][0]} & {0, 1} == set()
+    finish(engine)
+
+
+def test_token_ids_are_not_copied_unless_the_end_is_gone() -> None:
+    spy = Spy()
+    engine = make_engine(pages=30, eviction_policy=spy)
+    flood(engine, (1, 2, 3))
+    whole, cut = 0, 0
+    for kept, _ in spy.asked:
+        for k in kept:
+            assert len(k.token_ids) == len(list(k.token_ids)) <= 169
+            whole += k.token_ids is k.token_ids and len(k.token_ids) == 169
+            cut += len(k.token_ids) < 169
+            assert isinstance(k.token_ids, tuple)  # nobody changes what others see
+    assert whole > 0 < cut
+    finish(engine)
+
+
 def test_pages_that_only_one_holds() -> None:
     counts: list[dict[int, int]] = []
 
@@ -197,8 +294,12 @@ def test_a_return_after_preemption_is_no_use() -> None:
     both = [start(engine, prompt(100, i), 250, f"{i}") for i in range(2)]
     drive(engine, *both)
     assert engine.stats().num_preemptions > 0
+    waiting = [k for kept, _ in spy.asked for k in kept if k.waiting]
+    assert {tuple(k.token_ids[:10]) for k in waiting} == {tuple(prompt(10, 1))}
+    before = len(spy.asked)
     flood(engine, (5, 6))
     assert all(k.uses == 0 for kept, _ in spy.asked for k in kept)
+    assert not any(k.waiting for kept, _ in spy.asked[before:] for k in kept)
     assert len(spy.offered) == 4  # whoever gives way is kept for itself, without a question
     finish(engine)
 
@@ -286,13 +387,68 @@ def test_no_answer_about_keeping(keep: Any, message: str, is_async: bool) -> Non
     finish(engine)
 
 
-def test_an_engine_closes_whatever_its_policy_says() -> None:
-    engine = make_engine(eviction_policy=Spy(keep=fails))
-    start(engine, HOT, 50, "running")
+@pytest.mark.parametrize("aborted", [False, True])
+def test_an_engine_closes_without_a_question(aborted: bool) -> None:
+    spy = Spy(keep=fails)
+    engine = make_engine(eviction_policy=spy)
+    requests = [start(engine, HOT, 50, f"{i}") for i in range(3)]
     engine.step()
-    with pytest.raises(PolicyError):
-        engine.close()
+    if aborted:
+        engine.abort("0")
+    engine.close()
+    assert spy.offered == []
+    assert {r.finish_reason for r in requests} == {"abort"}
     assert engine.cache.pool.stats().used_bytes == 0
+
+
+@pytest.mark.parametrize("aborted", [False, True])
+def test_an_engine_that_cannot_close_well_gives_its_memory_back(
+    aborted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    requests = [start(engine, HOT, 50, f"{i}") for i in range(3)]
+    engine.step()
+    if aborted:
+        engine.abort("0")
+    monkeypatch.setattr(engine.memory, "release", fails)
+    with pytest.raises(ZeroDivisionError):
+        engine.close()
+    assert all(r.finished for r in requests)
+    assert engine.cache.pool.stats().used_bytes == 0
+
+
+def test_what_came_behind_a_failing_abort_is_served() -> None:
+    spy = Spy(keep=fails)
+    engine = make_engine(eviction_policy=spy)
+    running = start(engine, HOT, 50, "running")
+    engine.step()
+    engine.abort("running")
+    later = start(engine, prompt(20), 5, "later")
+    engine.abort("gone")
+    with pytest.raises(PolicyError):
+        engine.step()
+    assert running.finish_reason == "abort"
+    spy.keeps = lambda request: True
+    drive(engine, later)
+    finish(engine)
+
+
+def test_a_request_whose_ranking_is_interrupted_is_taken_in_again() -> None:
+    asked: list[str] = []
+
+    def rank(request: Request) -> float:
+        asked.append(request.id)
+        if asked == ["a"]:
+            raise KeyboardInterrupt
+        return 0
+
+    engine = make_engine(scheduling_policy=rank)
+    a, b = start(engine, prompt(20), 5, "a"), start(engine, prompt(30), 5, "b")
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    drive(engine, a, b)
+    assert asked == ["a", "a", "b"]
+    finish(engine)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +456,7 @@ def test_an_engine_closes_whatever_its_policy_says() -> None:
     [
         ({"eviction_policy": "lru"}, "eviction_policy='lru' must be an object of a class made"),
         ({"eviction_policy": EvictionPolicy}, "must be an object of a class made"),
+        ({"scheduling_policy": EvictionPolicy}, "or a function that ranks a request"),
         (
             {"eviction_policy": EvictionPolicy(), "enable_prefix_caching": False},
             "enable_prefix_caching=False keeps nothing",
@@ -356,3 +513,5 @@ def test_the_names_are_public() -> None:
     assert vattn.EvictionPolicy is EvictionPolicy
     assert vattn.KeptSequence is KeptSequence
     assert vattn.PolicyError is PolicyError
+    assert vattn.Request is Request
+    assert vattn.RankFunction is RankFunction

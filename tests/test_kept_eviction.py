@@ -209,7 +209,6 @@ def test_whoever_is_named_goes_first(driver: _core.Driver, order: Order) -> None
     assert seqs.lengths()[b] < 50 == seqs.lengths()[a] == seqs.lengths()[d]
     seqs.check()
     cache.evict_first([d])
-    cache.evict_first([])
     seqs.release(e)
     lengths = seqs.lengths()
     fill = seqs.open(6)
@@ -234,6 +233,76 @@ def test_the_order_of_the_others_stays_and_a_touch_comes_after(driver: _core.Dri
     fill_up(seqs, e, lambda: gone.extend(s for s in slots if s not in (*seqs.lengths(), *gone)))
     assert gone[:3] == [slots[3], slots[1], slots[2]]
     assert slots[0] not in gone[:-1]
+    seqs.end()
+
+
+def test_an_order_holds_until_the_next(driver: _core.Driver) -> None:
+    """Whoever was named before goes by its last use again."""
+    seqs = short_pool(driver, [30] * 5, "token")
+    cache = seqs.cache
+    slots = [seqs.new(30) for _ in range(5)]
+    for slot in slots:
+        seqs.keep(slot)
+    cache.evict_first(slots[2:5])
+    cache.evict_first(slots[3:4])
+    e = seqs.open(7)
+    gone: list[int] = []
+    fill_up(seqs, e, lambda: gone.extend(s for s in slots if s not in (*seqs.lengths(), *gone)))
+    assert gone[:3] == [slots[3], slots[0], slots[1]]
+    seqs.end()
+
+
+def test_an_order_can_be_taken_back(driver: _core.Driver) -> None:
+    seqs = short_pool(driver, [30] * 3, "token")
+    slots = [seqs.new(30) for _ in range(3)]
+    for slot in slots:
+        seqs.keep(slot)
+    seqs.cache.evict_first(slots[1:])
+    seqs.cache.evict_first([])
+    seqs.grow(seqs.open(7), 20)
+    assert seqs.lengths().get(slots[0], 0) < 30 == seqs.lengths()[slots[1]]
+    seqs.check()
+    seqs.end()
+
+
+def test_in_a_given_order_the_first_is_opened_or_none(driver: _core.Driver) -> None:
+    """A precious slot is not taken whole because it alone has pages of its own at the end."""
+    seqs = KeptSequences(make_cache(make_pool(driver), max_seqs=8))
+    gauge = seqs.cache.layout.regions[0].token_bytes
+    full = next(n for n in range(90, 0, -1) if n * gauge % SMALL_PAGE == 0)
+    precious, cheap = seqs.new(100), seqs.new(full)
+    twin = seqs.fork(cheap, full)  # with the same last page
+    for slot in (precious, cheap, twin):
+        seqs.keep(slot)
+    seqs.cache.pool.set_budget(seqs.cache.pool.stats().created_bytes)
+    seqs.cache.evict_first([cheap, twin])
+    new = seqs.open(expected_tokens=60)
+    assert new not in (precious, cheap, twin)
+    seqs.grow(new, 20)
+    seqs.check()
+    seqs.cache.evict_first([precious, cheap, twin])
+    seqs.release(new)
+    assert seqs.open(expected_tokens=100) == precious
+    seqs.check()
+    seqs.end()
+
+
+def test_stale_pages_of_another_cache_are_taken_before_a_kept_slot(driver: _core.Driver) -> None:
+    pool = make_pool(driver)
+    seqs, other = KeptSequences(make_cache(pool, max_seqs=8)), make_cache(pool)
+    a, b = seqs.new(50), seqs.new(50)
+    for slot in (a, b):
+        seqs.keep(slot)
+    theirs = other.open()
+    other.ensure(theirs, 90)
+    other.release(theirs)
+    pool.set_budget(pool.stats().created_bytes)
+    new = seqs.open(expected_tokens=50)
+    assert new not in (a, b)
+    seqs.grow(new, 50)
+    assert seqs.lengths() == {a: 50, b: 50}
+    seqs.check()
+    other.close()
     seqs.end()
 
 

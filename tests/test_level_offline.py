@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from bench.__main__ import main
 from bench.levels import registry
+from bench.levels.block_sweep import AS_FAST, block_rows
 from bench.levels.engines import (
     SAME_LIBRARY,
     EngineSettings,
@@ -119,11 +120,19 @@ def test_throughput_has_the_names_of_vllm(document: Row) -> None:
             assert side["requests_per_minute"] == pytest.approx(60 * side["request_throughput"])
 
 
+def test_of_sizes_that_are_as_fast_the_smallest_is_taken() -> None:
+    seconds = {16: 1.2, 32: 1.015, 64: 1.01, 128: 1.0, 256: 1.1}
+    best, rows = block_rows("fa2", "tiny-llama", 4, 64, seconds)
+    assert best == 32
+    assert [row["block_tokens"] for row in rows if row["chosen"]] == [32]
+    assert [row["step_us"] for row in rows] == [each * 1e6 for each in seconds.values()]
+
+
 def test_the_block_is_the_fastest_of_those_tried(document: Row) -> None:
     results = document["results"]
     blocks = results["blocks"]
     (chosen,) = [row for row in blocks if row["chosen"]]
-    assert chosen["step_us"] == min(row["step_us"] for row in blocks)
+    assert chosen["step_us"] <= AS_FAST * min(row["step_us"] for row in blocks)
     assert [row["block_tokens"] for row in blocks] == [16, 32]
     assert {row["block_tokens"] for row in results["contexts"]} == {chosen["block_tokens"]}
 

@@ -309,6 +309,9 @@ def test_the_level(tmp_path: Path) -> None:
     assert (equal["num_prompts"], equal["total_output_tokens"]) == (6, 36)
     assert equal["generate_batch_settings"]["page_size"] == 16
     assert trace["sides"]["vattn"]["attention"] == "sdpa"
+    paged = trace["sides"]["paged"]  # with a size that was measured
+    (chosen,) = [row["block_tokens"] for row in paged["blocks"] if row["chosen"]]
+    assert paged["block_tokens"] == chosen
     tables = peers.Peers().tables(results)
     assert len(tables) == 4
     assert all(table.markdown() for table in tables)

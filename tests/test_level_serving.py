@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import bench.levels.serving.level as serving
 from bench.__main__ import main, parse
 from bench.common import Budget
 from bench.levels.arrivals import mean_rate, poisson_arrivals, trace_arrivals
+from bench.levels.block_sweep import AS_FAST, measured_side
 from bench.levels.budget_share import Share
-from bench.levels.engines import EngineSettings
+from bench.levels.engines import Side, parse_side
 from bench.levels.open_loop import Window, serve_open_loop
 from bench.levels.serving.metrics import (
     Served,
@@ -27,6 +29,8 @@ from bench.levels.serving.metrics import (
     summary,
 )
 from bench.levels.serving.windows import Turns
+from bench.paged import kernels
+from bench.shapes import SHAPES, build_model
 from bench.trace import read_moments
 from tests.models import one_thread
 from vattn.request import FinishReason, Request, Status
@@ -286,7 +290,9 @@ def run(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return results
 
 
-def test_the_level(tmp_path: Path) -> None:
+def test_the_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The conversations are shorter than larger blocks, which would share nothing.
+    monkeypatch.setattr(kernels, "BLOCK_SIZES", (16, 32))
     results = run(tmp_path, "--plot", str(tmp_path / "serving.svg"))
     assert [load["load"] for load in results["loads"]] == ["random", "trace", "chat"]
     assert "absent" not in results
@@ -307,8 +313,13 @@ def test_the_level(tmp_path: Path) -> None:
     for pair in results["pairs"]:
         assert pair["equal_texts"] == pair["compared_texts"] == 8
         assert pair["ratios"]["median_ttft_ms"]["ratio"] > 0
+    tried = results["blocks"]  # the paged side has the size that was chosen, of all that it takes
+    (chosen,) = [row for row in tried if row["chosen"]]
+    assert chosen["step_us"] <= AS_FAST * min(row["step_us"] for row in tried)
+    assert [row["block_tokens"] for row in tried] == [16, 32]
+    assert results["sides"]["paged"]["block_tokens"] == chosen["block_tokens"]
     tables = serving.Serving().tables(results)
-    assert len(tables) == 3
+    assert len(tables) == 4
     assert all(table.markdown() for table in tables)
     assert (tmp_path / "serving.svg").read_text().startswith("<?xml")
 
@@ -366,35 +377,36 @@ def test_arguments_that_cannot_be(
     assert why in capsys.readouterr().err
 
 
-def test_the_contiguous_side_is_of_the_same_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_size_that_is_given_is_not_measured(tmp_path: Path) -> None:
+    results = run(tmp_path, "--loads", "random", "--paged", "paged:sdpa-gather:16")
+    assert "blocks" not in results
+    assert results["sides"]["paged"]["block_tokens"] == 16
+
+
+def test_sides_that_need_no_sweep_and_one_that_has_no_room() -> None:
+    room = {"positions": 12, "sequences": 4}
+    for side in (Side("contiguous"), Side("paged", "fa2", 512)):
+        assert measured_side(side, None, "tiny-llama", **room) == (side, [])
+    model = build_model(SHAPES["tiny-llama"], "cpu", torch.float32, 64)
+    found, tried = measured_side(Side("paged", None, 16), model, "tiny-llama", **room)
+    assert (found, tried) == (Side("paged", "sdpa-gather", 16), [])
+    with pytest.raises(ValueError, match=r"12 tokens have no room for the .* of a sweep"):
+        measured_side(Side("paged"), model, "tiny-llama", **room)
+
+
+def test_the_contiguous_side_is_of_the_same_library() -> None:
     level = serving.Serving()
-    opened: list[str] = []
-
-    class Opened:
-        def __init__(self, side: Any, model: Any, settings: EngineSettings) -> None:
-            assert settings.eager  # only to see which kernel it takes
-            opened.append(str(side))
-
-        def __enter__(self) -> Self:
-            return self
-
-        def __exit__(self, *exc: object) -> None:
-            pass
-
-    monkeypatch.setattr(serving, "open_engine", Opened)
-    monkeypatch.setattr(serving, "how_it_ran", lambda llm: {"attention": "fa3"})
-    settings = EngineSettings(64, 4, 1 << 20)
 
     def chosen(device: str, *words: str) -> str:
         args = parse(level, ["--device", "cpu", *words])
         args.device = device
-        return serving.same_library(args, None, settings)
+        side = parse_side(args.paged)
+        return serving.same_library(args, replace(side, kernel=side.kernel or "fa3"))
 
     assert chosen("cuda") == "contiguous:flash_attn_3"
     assert chosen("cuda", "--paged", "paged:fa2:512") == "contiguous:flash_attn_2"
     assert chosen("cuda", "--contiguous", "contiguous:torch") == "contiguous:torch"
     assert chosen("cpu") == "contiguous"
-    assert opened == ["paged"]
 
 
 def test_the_last_load_has_its_share_of_the_time() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 import vattn
+from bench.paged import storage
 from bench.paged.cache import PagedCache
 from bench.paged.select import BEST_BLOCK
 from bench.paged.storage import paged_storage
@@ -237,6 +239,25 @@ def test_a_large_budget_is_not_allocated_beyond_what_can_be_used(
     with pytest.raises(ValueError, match=r"more than the 1\.0 GiB that were allocated"):
         llm.set_budget("1100MiB")
     finish(llm)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("alloc: can't allocate memory")],
+    ids=["cuda", "cpu"],
+)
+def test_blocks_that_cannot_be_allocated(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(storage, "PagedCache", fail)
+    with pytest.raises(ValueError, match=r"do not fit.*; lower kv_cache_memory_bytes"):
+        paged(kv_cache_memory_bytes="4MiB")
+    error = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        paged(kv_cache_memory_bytes="4MiB")
 
 
 def test_the_budget_counts_the_null_block() -> None:

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from bench.paged import flash_kernels, flashinfer, kernels
-from bench.paged.backends import PagedBackend
+from bench.paged import flash_kernels, kernels
 from bench.paged.calls import make_call
 from bench.paged.flash_kernels import FlashKernel
 from bench.paged.gather import SdpaGather
 from bench.paged.gather_plan import Cost, Cuts
 from bench.paged.kernels import PagedKernel, load_kernels
-from tests import paged_kernels
 from tests.attention_reference import reference, spec_of, variants
 from tests.models import one_thread
-from tests.paged_kernels import PagedRecorder, PagedWorld, paged_world
-from vattn.attention import flash_attn, flash_attn_3, torch_flash
-from vattn.attention.base import AttentionSpec
-from vattn.attention.operators import Kernel, Unavailable
+from tests.paged_installed import installed_kernels
+from tests.paged_kernels import PagedRecorder
+from tests.paged_world import run_mixed_steps, world_of
+from vattn.attention import torch_flash
+from vattn.attention.operators import Unavailable
 
 CPU = torch.device("cpu")
 VARIANTS = variants(spec_of())
@@ -46,64 +43,8 @@ def recorder() -> PagedRecorder:
 
 @pytest.fixture
 def installed(recorder: PagedRecorder, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every kernel is there, with its real signature, and records."""
-    fa2 = paged_kernels.flash2_package(recorder)
-    fa3 = paged_kernels.flash3_package(recorder)
-
-    def function(module: str, name: str) -> Any:
-        return fa3 if module == "flash_attn_interface" else fa2[name]
-
-    with paged_kernels.operators(recorder) as found:
-        aten = types.SimpleNamespace(default=found["_flash_attention_forward"])
-        monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", aten)
-
-        def of_library(package: str, file: str, namespace: str, name: str) -> Kernel:
-            assert (package, Path(file).parts[0]) == ("vllm", "vllm_flash_attn")
-            assert namespace == ("_vllm_fa3_C" if name == "fwd" else "_vllm_fa2_C")
-            kernel: Kernel = found[name]
-            return kernel
-
-        for module in (flash_attn, flash_attn_3, flash_kernels):
-            monkeypatch.setattr(module, "library_operator", of_library)
-            monkeypatch.setattr(module, "python_function", function)
-        wrappers = paged_kernels.flashinfer(recorder)
-        module = types.ModuleType("flashinfer")
-        for wrapper in wrappers:
-            setattr(module, wrapper.__name__, wrapper)
-        monkeypatch.setitem(sys.modules, "flashinfer", module)
-        monkeypatch.setattr(flashinfer, "_WORKSPACE_BYTES", 64)
+    with installed_kernels(recorder, monkeypatch):
         yield
-
-
-def world_of(
-    kernel: PagedKernel, specs: Sequence[AttentionSpec], block_tokens: int, **options: Any
-) -> PagedWorld:
-    backend = PagedBackend(kernel, specs, CPU)
-    return paged_world(backend, specs, block_tokens=block_tokens, **options)
-
-
-def run_mixed_steps(world: PagedWorld) -> None:
-    """Prompts, decodes, both together, shared blocks, slots that are used again."""
-    size = world.cache.block_tokens
-    a, b, c, d = (world.open(slot) for slot in (5, 1, 6, 2))
-    world.step((), [(a, 300), (b, 7)])  # slots in no order
-    world.step((), [(c, 130)])
-    for _ in range(3):
-        world.step([a, b, c])
-    world.step([a, c], [(d, 50), (b, 20)])
-    world.step([a], [(b, 60)])
-    if size <= 300:
-        e = world.fork(a, 300 // size * size)
-        world.step([a, e])
-        world.step([a], [(e, 40)])
-        world.release(a)  # what it shared stays
-        world.step([b, c, d, e])
-    else:
-        world.release(a)
-    f = world.open(5)
-    world.step([b, d], [(f, size)])
-    world.step([b, d, f])
-    world.end()
 
 
 def kernel_cases() -> list[Any]:
@@ -136,39 +77,6 @@ def test_flash_kernels(
     for _, arguments in recorder.calls:  # the blocks themselves, not a copy
         assert {arguments["k"].data_ptr(), arguments["v"].data_ptr()} == memory
     assert (recorder.appended > 0) == appends
-
-
-@pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize("variant", [name for name, spec in VARIANTS.items() if not spec.sinks])
-@pytest.mark.parametrize("block_tokens", [1, 16])
-def test_flashinfer(variant: str, block_tokens: int, recorder: PagedRecorder) -> None:
-    specs = [VARIANTS[variant], replace(VARIANTS[variant], scale=0.3)]
-    kernel = flashinfer.FlashInfer.create(specs, CPU)
-    recorder.calls.clear()
-    run_mixed_steps(world_of(kernel, specs, block_tokens))
-    assert {name for name, _ in recorder.calls} == {"plan", "decode", "chunks"}
-
-
-@pytest.mark.usefixtures("installed")
-def test_flashinfer_plans_once_per_kind_of_layer(recorder: PagedRecorder) -> None:
-    plain, window = spec_of(heads=8), spec_of(heads=8, window=20)
-    specs = [plain, window, plain, window, plain]
-    kernel = flashinfer.FlashInfer.create(specs, CPU)
-    world = world_of(kernel, specs, 16)
-    a, b = world.open(), world.open()
-    world.step((), [(a, 33), (b, 40)])
-    recorder.calls.clear()
-    world.step([a, b])
-    assert [name for name, _ in recorder.calls] == ["plan"] * 2 + ["decode"] * 5
-
-
-def test_flashinfer_lists_have_no_gaps() -> None:
-    table = np.array([[5, 6, 7], [9, 9, 9], [3, 4, 9]], np.int32)
-    call = make_call(table, [33, 16, 17], [1, 1, 1], 16, CPU)
-    starts, blocks, last = flashinfer.block_lists(call.on_host(), 16)
-    assert starts.tolist() == [0, 3, 4, 6]
-    assert blocks.tolist() == [5, 6, 7, 9, 3, 4]
-    assert last.tolist() == [1, 16, 1]
 
 
 # Gather -------------------------------------------------------------------------------------------
@@ -309,8 +217,9 @@ def test_calls_that_cannot_be(table: Any, kv_lens: Any, query_lens: Any, message
 
 def test_absent_kernels_have_reasons() -> None:
     found, missing = load_kernels(CPU, [spec_of()])
-    assert list(found) == ["sdpa-gather"]
-    assert set(missing) == set(kernels.kinds()) - {"sdpa-gather"}
+    anywhere = {"sdpa-gather", "sdpa-gather-whole"}
+    assert set(found) == anywhere
+    assert set(missing) == set(kernels.kinds()) - anywhere
     assert all("needs a CUDA device, not cpu" in reason for reason in missing.values())
 
 
@@ -328,41 +237,6 @@ def test_kernels_that_take_no_table_are_refused(
     )
     with pytest.raises(Unavailable, match=r"has no argument (block|page)_table"):
         kind.create([spec_of()], CPU)
-
-
-def test_flashinfer_that_is_absent_or_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Unavailable, match="flashinfer does not load"):
-        flashinfer.load()
-    module = types.ModuleType("flashinfer")
-    monkeypatch.setitem(sys.modules, "flashinfer", module)
-    with pytest.raises(Unavailable, match="has no BatchDecodeWithPagedKVCacheWrapper"):
-        flashinfer.load()
-    decode, prefill = paged_kernels.flashinfer(PagedRecorder())
-    for name, wrapper in zip(
-        ("BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper"),
-        (decode, prefill),
-        strict=True,
-    ):
-        setattr(module, name, wrapper)
-
-    def run(self: Any, q: Any) -> None:
-        del self, q
-
-    monkeypatch.setattr(prefill, "run", run)
-    with pytest.raises(Unavailable, match=r"run has no argument paged_kv_cache"):
-        flashinfer.load()
-
-
-@pytest.mark.usefixtures("installed")
-def test_flashinfer_that_cannot_compile_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    def plan(self: Any, **given: Any) -> None:
-        raise FileNotFoundError("nvcc")
-
-    kernel = flashinfer.FlashInfer.create([spec_of()], CPU)
-    monkeypatch.setattr(kernel._decode, "plan", plan)
-    monkeypatch.setattr(flashinfer, "load", lambda: (kernel._decode, kernel._prefill))
-    with pytest.raises(Unavailable, match="does not work here: FileNotFoundError: nvcc"):
-        flashinfer.FlashInfer.create([spec_of()], CPU)
 
 
 def test_torch_of_this_version_takes_tables() -> None:

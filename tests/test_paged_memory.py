@@ -5,56 +5,19 @@ The machines of ``test_paged_machine`` tell right tokens from wrong ones; here c
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import pytest
 
-from bench.paged.memory import PagedMemory
 from tests.engine_cases import make_llm, mixed_cases, run
 from tests.paged_engines import NGRAM, finish, paged
-from tests.paged_model import assert_no_block_lost, make_paged, read, tensors, write
+from tests.paged_model import assert_no_block_lost, read
+from tests.paged_requests import BLOCK, compute, end, ids, make_memory, start
 from tests.scheduler_model import make_request
 from vattn.engine.policy import NeverFits
-from vattn.request import FinishReason, Request, Status
+from vattn.request import Status
 from vattn.sampling_params import SamplingParams
-
-BLOCK = 4
-
-
-def make_memory(blocks: int = 40, block_tokens: int = BLOCK, **options: Any) -> PagedMemory:
-    cache = make_paged(blocks, block_tokens=block_tokens, slots=6, max_tokens=256, order="token")
-    return PagedMemory(cache, **options)
-
-
-def compute(memory: PagedMemory, request: Request, tokens: int | None = None) -> None:
-    """A step of one request: so many of the tokens that it lacks, or all."""
-    request.status = Status.RUNNING
-    end = request.computed + (request.uncomputed if tokens is None else tokens)
-    assert memory.grow([request.slot], [end])
-    write(memory.cache, request.slot, request.computed, request.tokens[request.computed : end])
-    request.computed = end
-    memory.index_prompts()
-    memory.check()
-
-
-def start(memory: PagedMemory, name: str, ids: list[int], **options: Any) -> Request:
-    request = make_request(name, ids, 20, **options)
-    assert memory.admit(request)
-    memory.check()
-    return request
-
-
-def end(memory: PagedMemory, *requests: Request, error: bool = False) -> None:
-    for request in requests:
-        request.finish_reason = FinishReason.ERROR if error else FinishReason.LENGTH
-        request.status = Status.FINISHED
-        memory.release(request)
-        assert (request.slot, request.computed) == (-1, 0)
-        memory.check()
-
-
-def ids(tokens: int, seed: int = 0) -> list[int]:
-    return [(seed * 37 + i * i + 3 * i) % 50 for i in range(tokens)]
 
 
 @pytest.mark.parametrize(("tokens", "hit"), [(3, 0), (4, 0), (5, 4), (8, 4), (9, 8), (30, 28)])
@@ -281,91 +244,43 @@ def test_a_reorder_that_finds_no_block_changes_nothing() -> None:
     memory.check()
 
 
-# What goes wrong ----------------------------------------------------------------------------------
+# Names --------------------------------------------------------------------------------------------
 
 
-def test_what_a_failed_request_wrote_is_neither_found_nor_read() -> None:
-    memory = make_memory()
-    good = start(memory, "a", ids(8))
-    compute(memory, good)
-    bad = start(memory, "b", [*ids(8), *ids(9, seed=1)])
-    compute(memory, bad)
-    assert bad.cached == 8
-    own = memory.cache.blocks_of(bad.slot)[2:]
-    for tensor in tensors(memory.cache):
-        tensor[own] = float("nan")
-    end(memory, bad, error=True)
-    assert all(tensor.isfinite().all() for tensor in tensors(memory.cache))
-    assert read(memory.cache, good.slot, 8) == ids(8)  # what it had found is another one's
-    assert start(memory, "c", [*ids(8), *ids(9, seed=1)]).computed == 8
+def test_names_are_made_once_whoever_gives_way_and_however_often_one_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[int] = []
+    digest = hashlib.blake2b
 
+    def count(*given: Any, **options: Any) -> Any:
+        made.append(1)
+        return digest(*given, **options)
 
-def test_spoiled_drafts_are_zeroed_and_their_blocks_given_up() -> None:
-    memory = make_memory()
-    request = start(memory, "a", ids(6))
-    compute(memory, request)
-    request.tokens.append(1)
-    assert memory.grow([request.slot], [12])
-    for tensor in tensors(memory.cache):
-        blocks = memory.cache.blocks_of(request.slot)
-        tensor[blocks[1], 2:] = tensor[blocks[2]] = float("nan")
-    memory.cut(request, spoiled=True)
-    assert all(tensor.isfinite().all() for tensor in tensors(memory.cache))
-    assert (memory.cache.tokens(request.slot), memory.cache.blocks.live) == (6, 2)
-    assert read(memory.cache, request.slot, 6) == ids(6)
-    memory.check()
-
-
-def test_who_gives_way_finds_what_is_left_of_its_blocks() -> None:
-    memory = make_memory(6)
-    request = start(memory, "a", ids(18))
-    compute(memory, request)
-    memory.preempt(request)
-    assert (request.slot, request.computed, memory.cache.blocks.live) == (-1, 0, 0)
-    other = start(memory, "b", ids(7, seed=1))  # two of six; the tail's go first
-    compute(memory, other)
-    end(memory, other)
-    assert memory.admit(request)
-    assert request.computed == 16
-    memory.check()
-
-
-def test_everything_can_be_lost_but_the_scratch_slot_and_the_limit() -> None:
-    memory = make_memory(20, scratch=True)
-    memory.cache.blocks.set_limit(10)
-    scratch = memory.scratch_slot
-    assert scratch == memory.cache.max_seqs - 1
-    compute(memory, start(memory, "a", ids(30)))
-    for tensor in tensors(memory.cache):
-        tensor[memory.cache.blocks.held()] = float("nan")
-    memory.lose_all()
-    memory.check()
-    assert (memory.cache.blocks.limit, memory.cache.blocks.kept) == (10, 0)
-    assert all(not tensor.any() for tensor in tensors(memory.cache))
-    assert memory.cache.open_slots == 1
-    assert not memory.cache.tables.device[scratch].any()  # padding rows write to the null block
-    request = start(memory, "b", ids(30))
-    assert request.computed == 0
-    end(memory, request)
-    memory.close()
-    assert memory.cache.open_slots == 0
-    assert_no_block_lost(memory)
-
-
-def test_a_budget_is_of_bytes_and_within_what_was_allocated() -> None:
+    monkeypatch.setattr(hashlib, "blake2b", count)
     memory = make_memory(10)
-    size = memory.cache.block_bytes
-    memory.set_budget(6 * size + 1)
-    assert memory.cache.blocks.limit == 5
-    assert memory.cache.stats().budget_bytes == 6 * size
-    memory.set_budget(11 * size)
-    assert memory.cache.blocks.limit == 10
-    with pytest.raises(ValueError, match="that were allocated for blocks"):
-        memory.set_budget(11 * size + 1)
-    with pytest.raises(ValueError, match="is less than two blocks"):
-        memory.set_budget(2 * size - 1)
-    with pytest.raises(ValueError, match="budget_bytes='much' is not a size"):
-        memory.set_budget("much")
+    first = start(memory, "a", ids(30))
+    compute(memory, first)
+    made.clear()
+    waiting = [make_request(name, ids(17, seed=seed), 4) for seed, name in enumerate("bc", 1)]
+    for _ in range(3):  # in turns, as when the head of the queue changes
+        for request in waiting:
+            assert memory.admit(request) is False
+    memory.preempt(first)
+    assert memory.admit(first)
+    assert len(made) == 2 * 2  # salt and first block, which nobody has, of those that wait
+    end(memory, first)
+    assert "a" not in memory._known
+
+
+def test_records_of_those_that_ended_without_a_slot_do_not_add_up() -> None:
+    memory = make_memory(6)
+    compute(memory, start(memory, "a", ids(23)))
+    for i in range(200):
+        request = make_request(str(i), ids(9, seed=i), 4)
+        assert memory.admit(request) is False
+        request.status = Status.FINISHED
+    assert len(memory._known) < 50
 
 
 # Beside the contiguous side -----------------------------------------------------------------------

@@ -569,6 +569,30 @@ def test_a_function_decides_the_order_once_for_each() -> None:
     engine.assert_empty()
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_samples_of_a_prompt_have_one_rank_or_are_refused_together(fails: bool) -> None:
+    asked: list[str] = []
+
+    def rank(request: Request) -> int:
+        asked.append(request.id)
+        return 1 // (0 if fails and len(asked) == 1 else 1) - len(asked)
+
+    engine = FakeEngine(policy=rank)
+    samples = [make_request("s0", 4)]
+    samples += [make_request(f"s{i}", 4, source=samples[0]) for i in (1, 2)]
+    for sample in samples:
+        if not fails:
+            engine.add(sample)
+            continue
+        with pytest.raises(ValueError, match="ZeroDivisionError") as told:
+            engine.add(sample)
+        engine.scheduler.refuse(sample, str(told.value))
+    assert asked == ["s0"]
+    assert {r.rank for r in samples} == {None if fails else (0,)}
+    engine.run()
+    engine.assert_empty()
+
+
 def test_by_a_function_the_first_takes_the_place_of_the_last() -> None:
     engine = FakeEngine(max_num_seqs=2, policy=shortest)
     a, b = make_request("a", 4, 20), make_request("b", 6, 20)

@@ -60,6 +60,37 @@ def test_a_step_that_fails(tmp_path: Path, llm: vattn.LLM, monkeypatch: pytest.M
     assert {e["args"]["reason"] for e in trace.of("finish", "i")} == {"error"}
 
 
+def fails(*args: object) -> None:
+    raise MemoryError("too many")
+
+
+@pytest.mark.parametrize("what", ["calls", "kernels"])
+def test_an_end_that_fails_ends_everything(
+    tmp_path: Path, llm: vattn.LLM, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """The file has what there is, and another trace can begin."""
+    llm.start_trace(tmp_path / "t.json", kernels=True)
+    serve(llm)
+    with monkeypatch.context() as patch:
+        name = "trace._stop_calls" if what == "calls" else "kernel_trace._mark"
+        patch.setattr(f"vattn.engine.{name}", fails)
+        with pytest.raises(MemoryError):
+            llm.stop_trace()
+    assert TraceFile(tmp_path / "t.json").of("step")
+    if what == "calls":
+        llm.engine.cache.pool.driver.stop_trace()  # the call that failed was to do that
+    with llm.trace(tmp_path / "again.json", kernels=True):
+        serve(llm)
+    assert TraceFile(tmp_path / "again.json").of("step")
+
+
+def test_no_room_for_the_events(tmp_path: Path, llm: vattn.LLM) -> None:
+    with pytest.raises(MemoryError):
+        llm.start_trace(tmp_path / "t.json", max_events=10**13)
+    with llm.trace(tmp_path / "t.json"):
+        serve(llm)
+
+
 def test_closed_while_it_runs(tmp_path: Path) -> None:
     llm = make_llm()
     with llm.trace(tmp_path / "t.json"):

@@ -71,6 +71,7 @@ from bench.gpu.native import native_module_problem
 from bench.gpu.stages import GROUPS, REHEARSAL_S, STAGES, TOTAL_S, Stage, asked_for, limit_of
 from bench.gpu.written import judge, read_results, targets_of
 from bench.provenance import ROOT, device_slug, git_commit, gpu_missing, machine, versions
+from bench.result_text import as_text
 
 _LOG_CHARS = 20_000  # kept of a stage's output
 _SHOWN_CHARS = {
@@ -168,7 +169,7 @@ class Run:
         }
         self.out.mkdir(parents=True, exist_ok=True)
         beside = self.out / f".{outcome.stage}.json.part"
-        beside.write_text(json.dumps(document, indent=1, default=str) + "\n")
+        beside.write_text(as_text(document))
         beside.replace(path)
 
 

@@ -1,9 +1,9 @@
 """Engines that differ in their memory alone: contiguous slots, or blocks behind a table.
 
 A side is named by a text: ``contiguous``, ``contiguous:<backend>``, ``paged``, ``paged:<kernel>``,
-``paged:<kernel>:<block tokens>``. What is left out is chosen by the engine, or by the table of best
-blocks. Scheduler, model, sampler and runner of all sides are the same code, and the weights the
-same tensors: an engine owns the attention of its model, not the model.
+``paged:<kernel>:<block tokens>``. What is left out is chosen by the engine; levels choose the block
+size by a sweep. Scheduler, model, sampler and runner of all sides are the same code, and the
+weights the same tensors: an engine owns the attention of its model, not the model.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Side:
         kind: ``"contiguous"`` or ``"paged"``.
         kernel: contiguous: an attention backend of the engine; paged: a kernel of
             :data:`SAME_LIBRARY`. None for the first that can serve.
-        block_tokens: of a paged side; None for the best that was measured for the kernel.
+        block_tokens: of a paged side; None for that of ``bench.paged.select.BEST_BLOCK``, which is
+            not measured on GPUs: levels measure it first, with :mod:`bench.levels.block_sweep`.
     """
 
     kind: str

@@ -19,6 +19,8 @@ from vattn.engine.policy import NeverFits
 from vattn.engine.speculation.proposer import Proposer
 from vattn.request import Request
 
+_LEAST_KNOWN = 32  # records that are kept before any is looked at again
+
 
 @dataclass(frozen=True, slots=True)
 class _Hit:
@@ -41,7 +43,8 @@ class Held:
         request: whose slot it is.
         chain: names of its blocks.
         named: how many of its blocks have theirs in the pool.
-        found: blocks that it did not write itself, at its beginning.
+        found: blocks that it did not write itself since it was admitted, at its beginning.
+        foreign: the same, since it was admitted for the first time.
         copied_bytes: into the slot since it was opened.
     """
 
@@ -49,7 +52,17 @@ class Held:
     chain: Chain
     named: int
     found: int
+    foreign: int
     copied_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is remembered of a request while it waits, from its first time on."""
+
+    request: Request
+    chain: Chain
+    foreign: int | None = None  # see Held
 
 
 class PagedAdmission:
@@ -82,8 +95,8 @@ class PagedAdmission:
     def _begin(self) -> None:
         self._held: dict[int, Held] = {}  # by slot
         self._fresh: list[Request] = []  # whose prompts are not computed yet
-        # Names of the request that was asked for last: while it waits, it is asked for every step.
-        self._asked: tuple[Request, Chain] | None = None
+        self._known: dict[str, _Known] = {}  # by id, of those that have not ended; see _remember
+        self._most_known = _LEAST_KNOWN
 
     def admit(self, request: Request) -> bool | None:
         """Gives a request a slot with as many of its tokens as can be had, if all of it fits.
@@ -91,7 +104,8 @@ class PagedAdmission:
         See :meth:`vattn.engine.policy.Memory.admit`.
         """
         total = min(len(request.tokens) + 1, request.limit)
-        chain = self._chain(request)
+        known = self._remember(request)
+        chain = known.chain
         hit = self._find(request, chain)
         if self._worth_waiting(request, hit.tokens):
             return None
@@ -102,12 +116,15 @@ class PagedAdmission:
         slot = self.cache.open()
         self._begin_at(slot, hit)
         if request.group is not None:  # its tokens after the prompt may become another beam's
+            known.chain = chain.first(len(request.prompt_ids) // self.cache.block_tokens)
             chain = chain.first(hit.named)
-        held = Held(request, chain, named=hit.named, found=len(hit.blocks))
+        found = len(hit.blocks)
+        known.foreign = found if known.foreign is None else min(found, known.foreign)
+        held = Held(request, chain, named=hit.named, found=found, foreign=known.foreign)
         if hit.tail is not None:
             held.copied_bytes = self.cache.block_bytes
             self.counters.forked += 1
-        self._held[slot], self._asked = held, None
+        self._held[slot] = held
         self._fresh.append(request)
         request.slot, request.computed = slot, hit.tokens
         if not request.timings.scheduled_s:
@@ -126,10 +143,19 @@ class PagedAdmission:
             blocks = blocks + own
         self.cache.hold(slot, blocks, hit.tokens)
 
-    def _chain(self, request: Request) -> Chain:
-        if self._asked is None or self._asked[0] is not request:
-            self._asked = request, Chain(request.cache_salt, self.cache.block_tokens)
-        return self._asked[1]
+    def _remember(self, request: Request) -> _Known:
+        """Its record: names are not made again while it waits, nor after a preemption.
+
+        Who ends without a slot is not told of, so those who have are dropped as records add up.
+        """
+        known = self._known.get(request.id)
+        if known is None or known.request is not request:
+            if len(self._known) >= self._most_known:
+                self._known = {k: v for k, v in self._known.items() if not v.request.finished}
+                self._most_known = max(_LEAST_KNOWN, 2 * len(self._known))
+            known = _Known(request, Chain(request.cache_salt, self.cache.block_tokens))
+            self._known[request.id] = known
+        return known
 
     # What it finds --------------------------------------------------------------------------------
 

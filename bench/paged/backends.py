@@ -70,8 +70,7 @@ class PagedBackend:
     def prepare(self, step: Step, specs: Sequence[AttentionSpec]) -> None:
         """Moves places, slots and lengths to the device, in one transfer, and plans the calls."""
         cache = self._cache(step)
-        places = cache.locate(np.repeat(step.slots, step.query_lens), step.positions())
-        blocks, offsets = np.divmod(places, cache.block_tokens)
+        blocks, offsets = cache.find(np.repeat(step.slots, step.query_lens), step.positions())
         bounds = [(0, step.num_decodes), (step.num_decodes, len(step.slots))]
         parts = [part for part in bounds if part[0] < part[1]]
         arrays: list[Any] = [blocks, offsets]
@@ -109,8 +108,11 @@ class PagedBackend:
         if not self.kernel.plans_on_host:
             return None
         slots: Int32 = step.slots[first:last]
-        table = cache.tables.host[slots, : _blocks(cache, longest)]
-        return HostCall(table, step.query_lens[first:last], step.kv_lens[first:last])
+        return HostCall(
+            lambda: cache.tables.host[slots, : _blocks(cache, longest)],
+            step.query_lens[first:last],
+            step.kv_lens[first:last],
+        )
 
     def prepare_decode(self, step: Step, tensors: DecodeTensors) -> None:
         """Like :meth:`prepare`, of decodes only, over memory that others fill in; no transfer.

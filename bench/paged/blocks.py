@@ -27,6 +27,8 @@ class BlockPool:
         taken: blocks handed out to be written, since the start.
         hits: blocks handed out for what they contain, since the start.
         overwritten: of those taken, how many had a name.
+        tainted: held ones whose content nobody may have later: they have no names, and whoever
+            drops the last hold has to clean them.
 
     Raises:
         ValueError: not even one block beside the null block.
@@ -52,6 +54,7 @@ class BlockPool:
         # Several may contain the same: each was computed before another was known.
         self._named: dict[bytes, dict[int, None]] = {}
         self._shared: set[int] = set()
+        self.tainted: set[int] = set()
 
     # Figures --------------------------------------------------------------------------------------
 
@@ -143,7 +146,7 @@ class BlockPool:
         before it is of use without it.
 
         Returns:
-            Those that nobody holds now.
+            Those that nobody holds now; see :meth:`untaint`.
         """
         freed = []
         for block in reversed(blocks):
@@ -162,6 +165,7 @@ class BlockPool:
     def name(self, block: int, digest: bytes) -> None:
         """Says what a block that is held contains, from now on and until it is taken again."""
         assert self._holders[block] > 0, block
+        assert block not in self.tainted, block
         if self._names.get(block) == digest:
             return
         self.forget(block)
@@ -181,6 +185,19 @@ class BlockPool:
             del same[block]
             if not same:
                 del self._named[digest]
+
+    def taint(self, blocks: Iterable[int]) -> None:
+        """Blocks that are held are not found any more, and are to be cleaned by who drops them."""
+        for block in blocks:
+            assert self._holders[block] > 0, block
+            self.forget(block)
+            self.tainted.add(block)
+
+    def untaint(self, freed: Iterable[int]) -> list[int]:
+        """Which of the blocks that were just dropped are to be cleaned, now; each is told once."""
+        dirty = sorted(self.tainted.intersection(freed))
+        self.tainted.difference_update(dirty)
+        return dirty
 
     def forget_free(self) -> None:
         """No block that nobody holds is found any more."""
@@ -238,4 +255,6 @@ class BlockPool:
         assert found == self._names, (found, self._names)
         assert all(self._named.values()), self._named
         assert self._shared <= known.keys(), self._shared
+        assert self.tainted <= known.keys(), self.tainted
+        assert not self.tainted & self._names.keys(), self.tainted
         assert {b for b, n in known.items() if n > 1} <= self._shared, self._shared

@@ -36,8 +36,9 @@ class PagedCache(Sequences):
         max_tokens: longest sequence.
         num_blocks: with the null block, whose number is 0.
         block_tokens: tokens of a block.
-        order: "token" for ``[block, token, head]``, what paged kernels want, or "head" for
-            ``[head, block, token]``, what a gather on a CPU wants.
+        order: "token" for ``[block, token, head]``, what all kernels here want, or "head" for
+            ``[head, block, token]``, for kernels that stay with one head; gathering on a CPU is
+            slower in it.
 
     Raises:
         ValueError: a size that is not positive, no layers, or an order that does not exist.
@@ -127,6 +128,10 @@ class PagedCache(Sequences):
             (places,) = self._upload(np.array(blocks, np.int64))
             for bits in self._bits:
                 bits.index_fill_(self._block_dim, places, 0)
+
+    def clean(self, blocks: Sequence[int]) -> None:
+        """See :meth:`.sequences.Sequences.clean`: nobody reads what is no number."""
+        self.zero_blocks(blocks)
 
     def zero_tokens(self, slot: int, first: int, last: int) -> None:
         """Zeroes the tokens of a slot from ``first`` to before ``last``, in all layers."""

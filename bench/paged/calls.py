@@ -6,7 +6,8 @@ comes with the blocks that hold its tokens, a row of the block table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,14 +24,19 @@ class HostCall:
     """The same on the host, for kernels that plan there.
 
     Args:
-        table: int32 ``[n, blocks]``; entries behind a sequence's last block name any block.
+        make_table: gathers :attr:`table`, which not every kernel wants there.
         query_lens: int32 ``[n]``.
         kv_lens: int32 ``[n]``.
     """
 
-    table: Int32
+    make_table: Callable[[], Int32]
     query_lens: Int32
     kv_lens: Int32
+
+    @functools.cached_property
+    def table(self) -> Int32:
+        """Int32 ``[n, blocks]``; entries behind a sequence's last block name any block."""
+        return self.make_table()
 
 
 @dataclass(frozen=True)
@@ -132,5 +138,5 @@ def make_call(
         query_starts=on_device[3],
         longest_query=int(queries.max()),
         longest_kv=int(kv.max()),
-        host=HostCall(rows, queries, kv),
+        host=HostCall(lambda: rows, queries, kv),
     )

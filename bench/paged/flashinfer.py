@@ -1,9 +1,10 @@
-"""FlashInfer over block tables: its paged decode and prefill wrappers, version 0.2.
+"""FlashInfer over block tables: its paged decode and prefill wrappers, versions 0.2 to 0.7.
 
 A wrapper plans on the host, once per step for all layers of a kind: how to split the sequences over
 the GPU, from their lengths. ``run`` then launches. Lists of blocks are packed, without the gaps of
-a table. Kernels are compiled when they are first planned unless a package brings them compiled;
-``create`` tries one call, so that what is missing for that is told there.
+a table; they are made on the device, of the table that is there, as its users do. Kernels are
+compiled when they are first planned unless a package brings them compiled; ``create`` tries one
+call, so that what is missing for that is told there.
 
 In a CUDA graph a wrapper has to plan before each replay, with a number of sequences that is fixed
 when it is made. The engine's graphs have no such moment between transfer and replay, so its steps
@@ -15,17 +16,19 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 
-from bench.paged.calls import HostCall, PagedCall, make_call
+from bench.paged.block_lists import BlockLists, block_lists
+from bench.paged.calls import PagedCall, make_call
 from bench.paged.kernels import PagedKernel
 from vattn.attention.base import AttentionSpec
 from vattn.attention.flash import FlashBackend, New, window_sizes
 from vattn.attention.operators import Unavailable, bind
-from vattn.attention.upload import Event
+from vattn.attention.upload import Event, Uploader
 
 # As the wrappers' documentation recommends it.
 _WORKSPACE_BYTES = 128 << 20
@@ -97,7 +100,8 @@ def load() -> tuple[Any, Any]:
             raise Unavailable(f"flashinfer has no {name}")
         uses = " use_tensor_cores" if "Decode" in name else ""
         bind(f"{name}.__init__", wrapper.__init__, _INIT + uses)
-        bind(f"{name}.plan", wrapper.plan, plan)
+        # Newer versions keep what plan() takes by name in another function.
+        bind(f"{name}.plan", getattr(wrapper, "_plan_impl", wrapper.plan), plan)
         # Not by bind(): "*args", for kernels that a user brings, would count as demanded.
         parameters = inspect.signature(wrapper.run).parameters
         missing = [argument for argument in _RUN.split() if argument not in parameters]
@@ -125,9 +129,9 @@ class FlashInfer(PagedKernel):
     ) -> None:
         self._decode, self._prefill = load() if wrappers is None else wrappers
         self._device = torch.device(device)
-        self._made: dict[_Kind, Any] = {}
+        self._made: dict[_Kind, _Planner] = {}
+        self._upload = Uploader(self._device)
         self._workspace: torch.Tensor | None = None
-        self._copied = _event(self._device)
 
     @classmethod
     def create(cls, specs: Sequence[AttentionSpec], device: torch.device) -> Self:
@@ -181,62 +185,25 @@ class FlashInfer(PagedKernel):
 
     def plan(self, call: PagedCall, specs: Sequence[AttentionSpec]) -> None:
         """See :meth:`PagedKernel.plan`: once per kind of layer, on the host."""
-        host = call.on_host()
         lists = None
-        # A wrapper's own pinned memory is copied from asynchronously, and written by the next plan.
-        self._copied.synchronize()
         for kind in dict.fromkeys(_Kind.of(spec, decodes=call.decodes) for spec in specs):
-            lists = lists or block_lists(host, call.block_tokens)
-            call.plan[kind] = self._planned(kind, host, lists, call.block_tokens)
-        self._copied.record()
+            lists = lists or block_lists(call, self._upload)
+            planner = self._planner(kind)
+            planner.plan(kind, lists, call.block_tokens)
+            call.plan[kind] = planner.wrapper
 
-    def _planned(
-        self, kind: _Kind, host: HostCall, lists: tuple[torch.Tensor, ...], block_tokens: int
-    ) -> Any:
-        wrapper = self._wrapper(kind)
-        common = {
-            "num_qo_heads": kind.heads,
-            "num_kv_heads": kind.kv_heads,
-            "page_size": block_tokens,
-            "window_left": kind.window_left,
-            "logits_soft_cap": kind.softcap,
-            "q_data_type": kind.dtype,
-            "kv_data_type": kind.dtype,
-            "sm_scale": kind.scale,
-        }
-        starts, blocks, last = lists
-        if kind.decodes:
-            wrapper.plan(
-                indptr=starts,
-                indices=blocks,
-                last_page_len=last,
-                head_dim=kind.head_dim,
-                **common,
-            )
-        else:
-            queries = np.concatenate([[0], np.cumsum(host.query_lens)]).astype(np.int32)
-            wrapper.plan(
-                qo_indptr=torch.from_numpy(queries),
-                paged_kv_indptr=starts,
-                paged_kv_indices=blocks,
-                paged_kv_last_page_len=last,
-                head_dim_qk=kind.head_dim,
-                causal=True,
-                **common,
-            )
-        return wrapper
-
-    def _wrapper(self, kind: _Kind) -> Any:
+    def _planner(self, kind: _Kind) -> _Planner:
         """One per kind, for good: it owns buffers. They share the workspace of partial results."""
         if self._workspace is None:
             self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=self._device)
         if kind not in self._made:
             if kind.decodes:
-                self._made[kind] = self._decode(
+                wrapper = self._decode(
                     self._workspace, "NHD", use_tensor_cores=kind.uses_tensor_cores
                 )
             else:
-                self._made[kind] = self._prefill(self._workspace, "NHD")
+                wrapper = self._prefill(self._workspace, "NHD")
+            self._made[kind] = _Planner(wrapper, _event(self._device))
         return self._made[kind]
 
     def attend(
@@ -274,14 +241,49 @@ def _event(device: torch.device) -> Event:
     return event
 
 
-def block_lists(host: HostCall, block_tokens: int) -> tuple[torch.Tensor, ...]:
-    """The table as lists: int32 starts ``[n + 1]``, blocks, and tokens in each last block."""
-    counts = -(-host.kv_lens // block_tokens)
-    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    used = np.arange(host.table.shape[1]) < counts[:, None]
-    last = host.kv_lens - (counts - 1) * block_tokens
-    return (
-        torch.from_numpy(starts),
-        torch.from_numpy(np.ascontiguousarray(host.table[used], np.int32)),
-        torch.from_numpy(last.astype(np.int32)),
-    )
+@dataclass
+class _Planner:
+    """A wrapper, and the end of the copy of its latest plan.
+
+    It plans into pinned memory of its own, which is copied in the order of the stream. So it waits
+    for its own plan of an earlier step, and never for what other wrappers have just launched.
+    """
+
+    wrapper: Any
+    copied: Event
+    has_planned: bool = False
+
+    def plan(self, kind: _Kind, lists: BlockLists, block_tokens: int) -> None:
+        """How the layers of a kind split these sequences over the GPU."""
+        if self.has_planned:
+            self.copied.synchronize()
+        common = {
+            "num_qo_heads": kind.heads,
+            "num_kv_heads": kind.kv_heads,
+            "page_size": block_tokens,
+            "window_left": kind.window_left,
+            "logits_soft_cap": kind.softcap,
+            "q_data_type": kind.dtype,
+            "kv_data_type": kind.dtype,
+            "sm_scale": kind.scale,
+        }
+        if kind.decodes:
+            self.wrapper.plan(
+                indptr=lists.starts,
+                indices=lists.blocks,
+                last_page_len=lists.last,
+                head_dim=kind.head_dim,
+                **common,
+            )
+        else:
+            self.wrapper.plan(
+                qo_indptr=lists.query_starts,
+                paged_kv_indptr=lists.starts,
+                paged_kv_indices=lists.blocks,
+                paged_kv_last_page_len=lists.last,
+                head_dim_qk=kind.head_dim,
+                causal=True,
+                **common,
+            )
+        self.copied.record()
+        self.has_planned = True

@@ -42,8 +42,8 @@ class PagedKernel(abc.ABC):
     """
 
     name: ClassVar[str]
-    # How it wants blocks to lie: "token" ``[num_blocks, block_tokens, kv_heads, head_dim]``, "head"
-    # ``[kv_heads, num_blocks, block_tokens, head_dim]``.
+    # How it wants blocks to lie: "token" ``[num_blocks, block_tokens, kv_heads, head_dim]``, which
+    # all do, or "head" ``[kv_heads, num_blocks, block_tokens, head_dim]``.
     order: ClassVar[Order] = "token"
     # Whether decodes may be captured in a CUDA graph.
     graphs: ClassVar[bool] = True

@@ -92,11 +92,12 @@ class PagedMemory(PagedAdmission):
     def _name(self, held: Held, computed: int) -> None:
         """Has the full blocks among the first ``computed`` tokens found from now on.
 
-        A token that is in flight has no place in a name yet.
+        A token that is in flight has no place in a name yet, and what was computed from tainted
+        blocks gets none.
         """
         request = held.request
         full = min(computed, len(request.tokens)) // self.cache.block_tokens
-        if held.named >= full:
+        if held.named >= full or self._is_tainted(request.slot):
             return
         row = self.cache.tables.host[request.slot]
         for index in range(held.named, full):
@@ -126,7 +127,7 @@ class PagedMemory(PagedAdmission):
             if slot != source:
                 held, was = self._held[slot], before[source]
                 held.chain, held.named = was.chain.first(was.named), was.named
-                held.found = was.found
+                held.found, held.foreign = was.found, was.foreign
                 if self.cache.tokens(slot) % self.cache.block_tokens:
                     held.copied_bytes += self.cache.block_bytes
         self.counters.beams_moved += len(slots)
@@ -142,13 +143,17 @@ class PagedMemory(PagedAdmission):
 
     def release(self, request: Request) -> None:
         """A request has ended: its blocks are free, and found again if what they hold is sound."""
+        self._known.pop(request.id, None)
         if request.slot >= 0:
-            self._let_go(request, keep=request.finish_reason is not FinishReason.ERROR)
+            # That what it has computed are numbers is known since its first token.
+            sound = request.finish_reason is not FinishReason.ERROR and bool(request.output_ids)
+            self._let_go(request, keep=sound)
 
     def _let_go(self, request: Request, *, keep: bool) -> None:
         if self.proposer is not None:
             self.proposer.let_go(request)
         slot = request.slot
+        keep = keep and not self._is_tainted(slot)
         if not keep:
             self._spoil(slot)
         # A token that is still in flight could not be found again.
@@ -162,11 +167,27 @@ class PagedMemory(PagedAdmission):
         request.slot, request.computed = -1, 0
 
     def _spoil(self, slot: int) -> None:
-        """What a request has written is not to be trusted: nobody finds it, nobody reads it."""
-        own = self.cache.blocks_of(slot)[self._held[slot].found :]
-        for block in own:
-            self.cache.blocks.forget(block)
-        self.cache.zero_blocks([b for b in own if self.cache.blocks.holders(b) == 1])
+        """What a request has written is not to be trusted: nobody finds it any more.
+
+        Neither is what others have computed from it, nor what it had found, unless somebody else
+        is just using that. The last who holds such a block has it zeroed.
+        """
+        pool, foreign = self.cache.blocks, self._held[slot].foreign
+        blocks = self.cache.blocks_of(slot)
+        pool.taint(b for i, b in enumerate(blocks) if i >= foreign or pool.holders(b) == 1)
+        spreads = True
+        while spreads:  # from sharers to those that have found these' blocks beside other copies
+            spreads = False
+            for other, held in self._held.items():
+                own = self.cache.blocks_of(other)[held.found :]
+                if self._is_tainted(other) and not pool.tainted.issuperset(own):
+                    pool.taint(own)
+                    spreads = True
+
+    def _is_tainted(self, slot: int) -> bool:
+        """Whether a slot has a block that nobody may find."""
+        tainted = self.cache.blocks.tainted
+        return bool(tainted) and not tainted.isdisjoint(self.cache.blocks_of(slot))
 
     def lose_all(self) -> None:
         """Gives back every slot and keeps nothing, whatever state an interruption has left."""

@@ -12,7 +12,7 @@ from vattn.attention.base import AttentionSpec, UnsupportedAttention
 from vattn.attention.operators import Unavailable
 
 # Tokens of a block. Of the CPU, measured: see bench/paged/gather.py. The others are not measured
-# here: `python -m bench kernels --device cuda` does that, at each size that a kernel takes.
+# here: levels sweep the sizes on their device and take none of these (bench/levels/block_sweep.py).
 BEST_BLOCK: dict[str, int] = {
     "sdpa-gather": 32,
     "sdpa-gather-whole": 32,

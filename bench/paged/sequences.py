@@ -190,7 +190,7 @@ class Sequences:
         for _, each in moves:  # before any is dropped, so that none is lost between
             self.blocks.share(before[each][: full[each]])
         for slot, _ in moves:
-            self.blocks.drop(before[slot])
+            self._drop(before[slot])
             self.counts[slot] = 0
         copies = self.blocks.take(len(tails))
         targets = iter(copies)
@@ -206,9 +206,18 @@ class Sequences:
         assert self._open[slot], slot
         assert tokens <= self.lengths[slot], (slot, tokens)
         keep = self.blocks_for(tokens)
-        freed = self.blocks.drop(self.blocks_of(slot)[keep:])
+        freed = self._drop(self.blocks_of(slot)[keep:])
         self.counts[slot], self.lengths[slot] = keep, tokens
         return freed
+
+    def _drop(self, blocks: Sequence[int]) -> list[int]:
+        freed = self.blocks.drop(blocks)
+        if dirty := self.blocks.untaint(freed):
+            self.clean(dirty)
+        return freed
+
+    def clean(self, blocks: Sequence[int]) -> None:
+        """Blocks that were tainted are free; there is nothing in them where there is no memory."""
 
     def release(self, slot: int) -> list[int]:
         """Closes a slot; the blocks that nobody holds any more.
@@ -229,6 +238,15 @@ class Sequences:
         if keep is not None:
             self.open(keep)
 
+    def find(
+        self, slots: npt.NDArray[np.integer], positions: npt.NDArray[np.integer]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Where tokens lie: blocks and places in them, each int64 ``[T]``; see :meth:`locate`."""
+        wide = np.asarray(positions, np.int64)
+        columns = wide // self.block_tokens
+        blocks: npt.NDArray[np.int64] = self.tables.host[slots, columns].astype(np.int64)
+        return blocks, wide - columns * self.block_tokens
+
     def locate(
         self, slots: npt.NDArray[np.integer], positions: npt.NDArray[np.integer]
     ) -> npt.NDArray[np.int64]:
@@ -238,9 +256,8 @@ class Sequences:
             slots: integers ``[T]``.
             positions: integers ``[T]``, in their sequences; each within the blocks of its slot.
         """
-        blocks, places = np.divmod(np.asarray(positions, np.int64), self.block_tokens)
-        found: npt.NDArray[np.int64] = self.tables.host[slots, blocks].astype(np.int64)
-        return found * self.block_tokens + places
+        blocks, places = self.find(slots, positions)
+        return blocks * self.block_tokens + places
 
     def check(self) -> None:
         """Verifies the invariants of slots, blocks and tables. Waits for the device.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+
 from bench.paged.cache import PagedCache
 from bench.paged.memory import PagedMemory
 from bench.paged.select import BEST_BLOCK, choose_paged
@@ -33,7 +37,8 @@ def paged_storage(block_tokens: int | None = None, kernel: str | None = None) ->
 
     Returns:
         For ``LLM(..., storage=...)``. It raises ValueError for settings that cannot apply, a budget
-        that has no room for two blocks, and models or kernels that cannot be.
+        that has no room for two blocks or is more than can be allocated, and models or kernels that
+        cannot be.
 
     Raises:
         ValueError: ``block_tokens`` is not a positive number.
@@ -67,14 +72,17 @@ def _make(needs: StorageNeeds, block_tokens: int | None, kernel: str | None) -> 
             f"a budget of {format_bytes(budget)} has no room for two blocks of {size} tokens, "
             f"{format_bytes(block_bytes)} each; raise kv_cache_memory_bytes or lower block_tokens"
         )
-    cache = PagedCache(
-        specs,
-        device=loaded.device,
-        max_seqs=slots,
-        max_tokens=needs.max_model_len,
-        num_blocks=blocks,
-        block_tokens=size,
-        order=backend.order or "token",
+    cache = _allocated(
+        lambda: PagedCache(
+            specs,
+            device=loaded.device,
+            max_seqs=slots,
+            max_tokens=needs.max_model_len,
+            num_blocks=blocks,
+            block_tokens=size,
+            order=backend.order or "token",
+        ),
+        blocks * block_bytes,
     )
     memory = PagedMemory(
         cache,
@@ -83,6 +91,21 @@ def _make(needs: StorageNeeds, block_tokens: int | None, kernel: str | None) -> 
         budget_bytes=budget,
     )
     return Storage(backend, cache, memory, graphs)
+
+
+def _allocated(make: Callable[[], PagedCache], needed_bytes: int) -> PagedCache:
+    """Unlike pages, which are mapped when they are needed, all blocks are there from the start."""
+    try:
+        return make()
+    except RuntimeError as error:  # on a CPU it has no type of its own
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+            raise ValueError(
+                f"blocks of {format_bytes(needed_bytes)} in all do not fit, and a paged cache "
+                f"allocates all of them at once: {text}; lower kv_cache_memory_bytes or "
+                "max_num_seqs"
+            ) from error
+        raise
 
 
 def _budget_bytes(needs: StorageNeeds) -> int:

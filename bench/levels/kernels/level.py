@@ -86,7 +86,7 @@ class Kernels(Level):
             "rounds": 7,
             "repeats": 3,
             "cell_s": 5.0,
-            "max_gib": 6.0,
+            "max_gib": 8.0,
             "budget_s": 270.0,
             "placement": SHUFFLED,
             "clock": "wall",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bench.common import Json
+from bench.levels.block_sweep import WARMUP_TURNS, block_rows, sides_of, step_seconds
 from bench.levels.engines import (
     EngineSettings,
     Side,
@@ -45,7 +46,6 @@ from vattn.hf.model import LoadedModel, load_model
 
 SIDES = ("contiguous", "paged")
 _POSITIONS = 1 << 20  # of the model: more than any workload has, and nothing is as long as this
-_WARMUP_TURNS = 2
 # Room beside the tokens of those that run: for partly filled blocks, the largest that any kernel
 # takes, and a quarter more for what admissions leave free and for what is kept.
 _SLACK, _MOST_BLOCK_TOKENS = 1.25, max(BLOCK_SIZES)
@@ -151,21 +151,15 @@ class Comparison:
             return int(sizes[0])
         ((batch, context),) = self.args.sweep
         works = self._fixed(batch, context, 1)
-        sides = [Side("paged", kernel, size) for size in sizes]
+        sides = sides_of(kernel, sizes)
         settings = self._settings(works, batch, len(sides))
-        with self._open(sides, settings, cudagraph_capture_sizes=[batch]) as engines:
-            decoded = self._decode([Contender(name, llm) for name, llm in engines.items()], works)
-        steps = self.args.turn_steps
-        times = {
-            side.block_tokens: statistics.median(decoded.seconds[str(side)][0]) / steps
-            for side in sides
-        }
-        best = min(sizes, key=lambda size: times[size])
-        for size, seconds in times.items():
-            row = {"kernel": kernel, "shape": self.shape, "batch": batch, "context": context}
-            row |= {"block_tokens": size, "step_us": seconds * 1e6, "chosen": size == best}
+        engines = self._open(sides, settings, cudagraph_capture_sizes=[batch])
+        turns, steps = self.args.turns, self.args.turn_steps
+        seconds = step_seconds(sides, engines, works[0], turns=turns, steps=steps)
+        best, rows = block_rows(kernel, self.shape, batch, context, seconds)
+        for row in rows:
             self.out.append("blocks", row)
-        return int(best)
+        return best
 
     def _pair(self, kernel: str) -> tuple[Side, Side]:
         """The contiguous side and the paged one."""
@@ -178,13 +172,13 @@ class Comparison:
         args = self.args
         step_tokens = args.step_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS
         fill = batch * -(-context // step_tokens)
-        new = tokens_for(fill, args.turns, _WARMUP_TURNS, args.turn_steps)
+        new = tokens_for(fill, args.turns, WARMUP_TURNS, args.turn_steps)
         return fixed_works(batch, context, new, SHAPES[self.shape].vocabulary, rounds)
 
     def _decode(self, contenders: Sequence[Contender], works: Sequence[Work]) -> Any:
         args = self.args
         return decode_turns(
-            contenders, works, turns=args.turns, warmup=_WARMUP_TURNS, steps=args.turn_steps
+            contenders, works, turns=args.turns, warmup=WARMUP_TURNS, steps=args.turn_steps
         )
 
     def _contexts(self, workload: str, kernel: str, points: Sequence[tuple[int, int]]) -> None:

@@ -59,18 +59,3 @@ def rounds_table(rows: Sequence[Json]) -> Table:
         ],
         " ".join(dict.fromkeys(f"{r['workload']}: {r['source']}." for r in rows)),
     )
-
-
-def blocks_table(rows: Sequence[Json]) -> Table:
-    """What the block sizes were chosen by."""
-    return Table(
-        "block sizes tried: time of a decode step",
-        ["paged kernel", "model", "batch", "context", "block", "step us", "chosen"],
-        [
-            [
-                *(r["kernel"], r["shape"], r["batch"], short_count(r["context"])),
-                *(r["block_tokens"], r["step_us"], "yes" if r["chosen"] else ""),
-            ]
-            for r in rows
-        ],
-    )

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from bench.common import Json, Pairs
-from bench.levels.engines import EngineSettings, how_it_ran, kv_budget, open_engine
+from bench.levels.block_sweep import measured_side
+from bench.levels.engines import EngineSettings, how_it_ran, kv_budget, open_engine, parse_side
 from bench.levels.peers.model import weight_bytes
 from bench.levels.peers.process import PeerProcess, missing
 from bench.levels.repeat import Repeated, repeated
@@ -33,10 +34,18 @@ _ENGINE_BYTES = 4 << 30
 class InProcess:
     """`vattn.LLM` on contiguous or on paged memory, made once and kept."""
 
-    def __init__(self, name: str, model: Any, storage: str, settings: EngineSettings) -> None:
+    def __init__(
+        self, name: str, model: Any, storage: str, settings: EngineSettings, shape: str
+    ) -> None:
         self.name = name
-        self.llm = open_engine(storage, copy.deepcopy(model), settings)
-        self.about = how_it_ran(self.llm)
+        own = copy.deepcopy(model)
+        side, tried = measured_side(
+            *(parse_side(storage), own, shape),
+            positions=settings.max_model_len,
+            sequences=settings.max_num_seqs,
+        )
+        self.llm = open_engine(side, own, settings)
+        self.about = how_it_ran(self.llm) | ({"blocks": tried} if tried else {})
 
     def run(self, work: Work) -> list[list[int]]:
         """See :class:`bench.offline_sides.Side`."""
@@ -90,8 +99,8 @@ def open_side(
         told = peer_settings(args, model, directory(), settings)
         return PeerProcess(name, told, open_s=args.open_s, run_s=args.run_s)
     makers: dict[str, Callable[[], Side]] = {
-        OURS: lambda: InProcess(name, model, "contiguous", settings),
-        "paged": lambda: InProcess(name, model, "paged", settings),
+        OURS: lambda: InProcess(name, model, "contiguous", settings, args.shape),
+        "paged": lambda: InProcess(name, model, "paged", settings, args.shape),
         "generate_batch": lambda: GenerateBatch(model, batch(), name),
         "batch-defaults": lambda: GenerateBatch(model, None, name),
         "manager": lambda: GenerateBatch(model, batch(), name, keep=work),

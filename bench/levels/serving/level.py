@@ -8,7 +8,8 @@ Open loop: a request is sent when it is due, whoever is late. Latencies count fr
 that a side cannot hide a wait by being late. Rates are fractions of what the contiguous side serves
 offline here, and both sides get the same ones, in windows that take turns, with the same arrivals,
 prompts and parameters. Limits of goodput that are not given are a multiple of what an unloaded
-engine takes, on the slower side.
+engine takes, on the slower side. Unless the paged side names a block size, it is the fastest of a
+short sweep.
 
     random   lengths drawn evenly; no prompt begins like another
     trace    lengths of a trace, divided; with --trace the moments of its requests, time scaled
@@ -20,18 +21,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from bench.common import Json, Target, counts
+from bench.levels.block_sweep import measured_side
 from bench.levels.budget_share import Share
 from bench.levels.engines import (
     EngineSettings,
+    Side,
     contiguous_for,
     how_it_ran,
     kv_budget,
-    open_engine,
     open_sides,
     parse_side,
 )
@@ -180,7 +181,12 @@ def _open(args: argparse.Namespace, out: Partial, stack: ExitStack) -> dict[str,
     settings = EngineSettings(tokens, args.sequences, budget)
     out.set(model=SHAPES[args.shape].as_json(), kv_cache_bytes=budget)
     try:
-        pair = [same_library(args, model, settings), args.paged]
+        paged, tried = measured_side(
+            *(parse_side(args.paged), model, args.shape), positions=tokens, sequences=args.sequences
+        )
+        if tried:
+            out.set(blocks=tried)
+        pair = [same_library(args, paged), str(paged)]
         sides = stack.enter_context(open_sides(pair, model, settings))
     except Exception as error:  # whatever a kernel library raises that does not fit
         out.set(absent={args.paged: f"{type(error).__name__}: {error}"})
@@ -188,20 +194,16 @@ def _open(args: argparse.Namespace, out: Partial, stack: ExitStack) -> dict[str,
     return {parse_side(name).kind: llm for name, llm in sides.items()}
 
 
-def same_library(args: argparse.Namespace, model: Any, settings: EngineSettings) -> str:
+def same_library(args: argparse.Namespace, paged: Side) -> str:
     """The contiguous side to compare: unless one is named, of the library that the paged one uses.
 
-    Raises:
-        ValueError: the paged side cannot serve here.
+    Args:
+        args: of the level.
+        paged: the other side, with its kernel.
     """
-    asked = parse_side(args.paged)
     if args.device == "cpu" or parse_side(args.contiguous).kernel is not None:
         return str(args.contiguous)
-    if asked.kernel is None:
-        with open_engine(asked, model, replace(settings, eager=True)) as llm:
-            asked = replace(asked, kernel=how_it_ran(llm)["attention"])
-        release(args.device)
-    return str(contiguous_for(asked))
+    return str(contiguous_for(paged))
 
 
 class _Run:

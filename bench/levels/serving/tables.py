@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bench.common import Json
+from bench.levels.block_sweep import blocks_table
 from bench.levels.repeat import cell
 from bench.levels.table import Table
 
@@ -20,6 +21,8 @@ def tables(results: Json) -> list[Table]:
         made.append(_rates(results["rates"]))
     if results.get("pairs"):
         made.append(_ratios(results["pairs"]))
+    if results.get("blocks"):
+        made.append(blocks_table(results["blocks"]))
     return made
 
 

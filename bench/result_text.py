@@ -1,0 +1,21 @@
+"""How result files are written; standard library only, as of what runs before all is built."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def as_text(document: Mapping[str, Any]) -> str:
+    """JSON with a line for each entry and each row of a list: small, and changes are readable."""
+    return _lines(document, depth=3) + "\n"
+
+
+def _lines(value: Any, depth: int) -> str:
+    if depth and isinstance(value, Mapping) and value:
+        parts = [f"{json.dumps(str(k))}: {_lines(v, depth - 1)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(parts) + "\n}"
+    if isinstance(value, list) and any(isinstance(row, Mapping) for row in value):
+        return "[\n" + ",\n".join(json.dumps(row, default=str) for row in value) + "\n]"
+    return json.dumps(value, default=str)
