@@ -230,25 +230,33 @@ std::optional<std::uint32_t> SlotSpace::best_fit(std::size_t expected_tokens) co
   return best;
 }
 
-// The kept slot used longest ago; `to_adopt` prefers those with pages of their own at the end,
-// which the next user can have where they are.
-std::optional<std::uint32_t> SlotSpace::least_recent(std::optional<std::uint32_t> except,
-                                                     bool to_adopt) const {
+// Whether `a` loses what it keeps before `b` does.
+bool SlotSpace::goes_before(std::uint32_t a, std::uint32_t b) const noexcept {
+  const Slot &x = slots_[a], &y = slots_[b];
+  if (x.turn != y.turn) return y.turn == 0 || (x.turn > 0 && x.turn < y.turn);
+  return x.released_at < y.released_at;
+}
+
+// Whether what a slot keeps ends with a page of its own, which its next user can have where it is.
+bool SlotSpace::adoptable(std::uint32_t slot) const noexcept {
   const Region& gauge = regions_.front();
-  std::optional<std::uint32_t> best;
-  bool best_adopts = false;
+  const PageWindow kept = gauge.kept(slot);
+  const PageId last = kept.size() > 0 ? gauge.at(slot, kept.end - 1) : kNoPage;
+  return last != kNoPage && pool_->refs(last) == 1;
+}
+
+// The kept slot whose content goes first; `to_adopt` prefers those whose pages can be had where
+// they are, unless somebody has said who goes first: then it is that one or, if it cannot, none.
+std::optional<std::uint32_t> SlotSpace::first_to_go(std::optional<std::uint32_t> except,
+                                                    bool to_adopt) const {
+  std::optional<std::uint32_t> first, adopted;
   for (std::uint32_t i = 0; i < slots(); ++i) {
     if (slots_[i].open || slots_[i].kept.tokens == 0 || i == except) continue;
-    const PageWindow kept = gauge.kept(i);
-    const PageId last = kept.size() > 0 ? gauge.at(i, kept.end - 1) : kNoPage;
-    const bool adopts = to_adopt && last != kNoPage && pool_->refs(last) == 1;
-    if (!best || (adopts && !best_adopts) ||
-        (adopts == best_adopts && slots_[i].released_at < slots_[*best].released_at)) {
-      best = i;
-      best_adopts = adopts;
-    }
+    if (!first || goes_before(i, *first)) first = i;
+    if (to_adopt && adoptable(i) && (!adopted || goes_before(i, *adopted))) adopted = i;
   }
-  return best;
+  if (to_adopt && first && slots_[*first].turn > 0 && adopted != first) return std::nullopt;
+  return adopted ? adopted : first;
 }
 
 // Pages of a sequence that shares nothing.
@@ -261,19 +269,16 @@ std::size_t SlotSpace::fresh_pages(std::size_t anchor, std::size_t tokens) const
 }
 
 // A kept slot is taken when there is no other, or when most of what it holds has to go anyway.
-std::uint32_t SlotSpace::pick_free(std::size_t expected_tokens) const {
+std::uint32_t SlotSpace::pick_free(std::size_t expected_tokens, const DeviceLock& lock) const {
   const auto plain = best_fit(expected_tokens);
   std::size_t lacking = 0;
   if (plain) {
-    std::size_t has = pool_->unclaimed();
-    for (std::uint32_t i = 0; i < slots(); ++i) {
-      for (const Region& region : regions_) has += region.idle(i);
-    }
+    const std::size_t has = pool_->unkept(lock);
     const std::size_t wanted = fresh_pages(0, std::min(expected_tokens, max_tokens_));
     if (wanted <= has) return *plain;
     lacking = wanted - has;
   }
-  const auto kept = least_recent(std::nullopt, plain.has_value());
+  const auto kept = first_to_go(std::nullopt, plain.has_value());
   if (!kept && !plain) throw_out_of_slots();
   if (!kept) return *plain;
   std::size_t holds = 0;
@@ -289,12 +294,13 @@ std::uint32_t SlotSpace::open(std::optional<std::uint32_t> slot, std::size_t exp
     throw std::invalid_argument("slot " + std::to_string(*slot) +
                                 " is open already; release it first");
   }
-  const std::uint32_t index = slot ? *slot : pick_free(expected_tokens);
+  const std::uint32_t index = slot ? *slot : pick_free(expected_tokens, lock);
   lose(index, 0);
   drop_dirty(index);
   Slot& s = slots_[index];
   s.open = true;
   s.was_kept = false;
+  s.turn = 0;
   ++s.generation;
   return index;
 }

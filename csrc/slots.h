@@ -107,8 +107,9 @@ class SlotSpace final : public Reclaimer {
   // A free slot: the one asked for, or the one that keeps nothing and whose stale pages fit
   // `expected_tokens` best. If so many tokens cannot be had without taking pages that are kept, it
   // is the kept slot used longest ago, whose pages are then used where they are; unless fewer than
-  // half of them are needed, since taking its end then loses less. No driver call. Throws
-  // OutOfSlots when none is free, std::invalid_argument when it is taken.
+  // half of them are needed, since taking its end then loses less. Of slots that evict_first() has
+  // named it is the first or none. No driver call. Throws OutOfSlots when none is free,
+  // std::invalid_argument when it is taken.
   std::uint32_t open(std::optional<std::uint32_t> slot, std::size_t expected_tokens);
   // The slot keeps its mappings for its next user; with `keep` it also remembers its tokens.
   void release(std::uint32_t slot, Stream stream, bool keep = false);
@@ -137,7 +138,8 @@ class SlotSpace final : public Reclaimer {
               Stream stream);
 
   // Kept slots. What they hold is stale and taken when it is needed: after all other stale pages,
-  // from the slot used longest ago first, and from its end. No function here calls the driver.
+  // from those that evict_first() names, then from the slot used longest ago, and from its end. No
+  // function here calls the driver.
   KeptRange kept(std::uint32_t slot);
   // The shortest length at which the slot, open or kept, can be forked.
   std::size_t lowest(std::uint32_t slot);
@@ -148,7 +150,8 @@ class SlotSpace final : public Reclaimer {
   void reopen(std::uint32_t slot, std::size_t tokens);
   void forget(std::uint32_t slot);  // what it keeps is stale like anything else
   void touch(std::uint32_t slot);   // it is the one used last
-  // These free slots are the ones used longest ago, the first of them before the others.
+  // These free slots lose content first, in this order, which replaces the one given before; the
+  // others follow as they would without.
   void evict_first(std::span<const std::int32_t> slots);
   // Pages that come free if only this slot gives up what it keeps.
   std::size_t sole_pages(std::uint32_t slot);
@@ -210,7 +213,8 @@ class SlotSpace final : public Reclaimer {
     std::uint32_t generation = 0;
     bool open = false;
     std::uint64_t released_at = 0;
-    std::uint64_t step = 0;          // the latest ensure() that made it longer
+    std::uint64_t turn = 0;  // of a free slot, in the order of evict_first(); 0 if not named
+    std::uint64_t step = 0;  // the latest ensure() that made it longer
     std::uint64_t copied_bytes = 0;  // as of SlotUsage; 0 when it is free
     std::shared_ptr<Fence> fence;    // after it, nobody uses the slot's stale pages
     Kept kept;
@@ -244,9 +248,11 @@ class SlotSpace final : public Reclaimer {
   PageWindow window_of(const Region& region, std::size_t anchor, std::size_t tokens) const noexcept;
   std::size_t ready_of(std::uint32_t slot) const noexcept;
   std::optional<std::uint32_t> best_fit(std::size_t expected_tokens) const;
-  std::optional<std::uint32_t> least_recent(std::optional<std::uint32_t> except,
-                                            bool to_adopt) const;
-  std::uint32_t pick_free(std::size_t expected_tokens) const;
+  bool goes_before(std::uint32_t a, std::uint32_t b) const noexcept;
+  bool adoptable(std::uint32_t slot) const noexcept;
+  std::optional<std::uint32_t> first_to_go(std::optional<std::uint32_t> except,
+                                           bool to_adopt) const;
+  std::uint32_t pick_free(std::size_t expected_tokens, const DeviceLock& lock) const;
   std::size_t fresh_pages(std::size_t anchor, std::size_t tokens) const noexcept;
   [[noreturn]] void throw_out_of_slots() const;
   PageWindow held(const Region& region, std::uint32_t slot) const noexcept {

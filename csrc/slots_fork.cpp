@@ -46,12 +46,12 @@ void SlotSpace::mark_tails_dirty(std::uint32_t slot, std::size_t tokens) {
 
 // Of the free slots that keep nothing, the one whose stale pages agree longest with the prefix of
 // `source`, so that least is remapped; among equals, the best fit. If there is none, the kept slot
-// used longest ago, but never the source.
+// whose content goes first, but never the source.
 std::uint32_t SlotSpace::pick_for_prefix(std::uint32_t source, std::size_t tokens) const {
   const Region& gauge = regions_.front();
   const std::size_t full = full_pages(gauge, tokens);
   std::optional<std::uint32_t> best = best_fit(tokens);
-  if (!best) best = least_recent(source, false);
+  if (!best) best = first_to_go(source, false);
   if (!best) throw_out_of_slots();
   std::size_t best_agree = 0;
   for (std::uint32_t i = 0; i < slots(); ++i) {
@@ -105,6 +105,7 @@ std::uint32_t SlotSpace::fork(std::uint32_t source, std::size_t tokens, Stream s
   if (!parent.open) {
     parent.floor = tokens;
     parent.released_at = ++clock_;
+    parent.turn = 0;
   }
   try {
     with_mappings(lock, [&] { fork_into(slot, source, tokens, wanted, stream, lock); });
@@ -116,6 +117,7 @@ std::uint32_t SlotSpace::fork(std::uint32_t source, std::size_t tokens, Stream s
   Slot& child = slots_[slot];
   child.open = true;
   child.was_kept = false;
+  child.turn = 0;
   child.dirty = slots_[source].dirty;
   ++child.generation;
   child.anchor = anchor;

@@ -93,6 +93,7 @@ void SlotSpace::reopen(std::uint32_t slot, std::size_t tokens) {
   Slot& s = slots_[slot];
   s.open = true;
   s.was_kept = false;
+  s.turn = 0;
   ++s.generation;
   s.anchor = anchor;
   s.tokens = tokens;
@@ -116,31 +117,23 @@ void SlotSpace::touch(std::uint32_t slot) {
                                 " is open, and so in use; touch is for kept slots");
   }
   s.released_at = ++clock_;
+  s.turn = 0;
 }
 
-// The others move up behind them, in the order that they have.
 void SlotSpace::evict_first(std::span<const std::int32_t> list) {
   const DeviceLock lock = enter();
-  std::vector<bool> named(slots());
-  std::vector<std::uint32_t> order;
   for (const std::int32_t slot : list) {
-    const std::uint32_t index = checked_index(slot);
-    if (slots_[index].open) {
+    if (slots_[checked_index(slot)].open) {
       throw std::invalid_argument("slot " + std::to_string(slot) +
                                   " is open, and so in use; only what free slots keep is evicted");
     }
-    if (!named[index]) order.push_back(index);
-    named[index] = true;
   }
-  const std::size_t first = order.size();
-  for (std::uint32_t i = 0; i < slots(); ++i) {
-    if (!slots_[i].open && !named[i]) order.push_back(i);
+  for (Slot& s : slots_) s.turn = 0;
+  std::uint64_t turn = 0;
+  for (const std::int32_t slot : list) {
+    Slot& s = slots_[static_cast<std::uint32_t>(slot)];
+    if (s.turn == 0) s.turn = ++turn;
   }
-  std::sort(order.begin() + static_cast<std::ptrdiff_t>(first), order.end(),
-            [&](std::uint32_t a, std::uint32_t b) {
-              return slots_[a].released_at < slots_[b].released_at;
-            });
-  for (const std::uint32_t slot : order) slots_[slot].released_at = ++clock_;
 }
 
 std::size_t SlotSpace::sole_pages(std::uint32_t slot) {

@@ -102,7 +102,7 @@ std::size_t SlotSpace::shorter(std::uint32_t slot, std::size_t pages, Counts cou
   return length;
 }
 
-// Shortens kept slots, used longest ago first, and unmaps what they no longer keep. First only
+// Shortens kept slots in their order, and unmaps what they no longer keep. First only
 // where that frees pages at once: what several slots keep, or an open one uses, is worth more and
 // yields nothing. Then all of those who keep a page give it up in turn, until the last frees it.
 std::size_t SlotSpace::evict(std::size_t pages, bool wait) {
@@ -111,9 +111,8 @@ std::size_t SlotSpace::evict(std::size_t pages, bool wait) {
     Slot& s = slots_[i];
     if (s.kept.tokens > 0 && (wait || !s.fence || s.fence->done())) order.push_back(i);
   }
-  std::sort(order.begin(), order.end(), [&](std::uint32_t a, std::uint32_t b) {
-    return slots_[a].released_at < slots_[b].released_at;
-  });
+  std::sort(order.begin(), order.end(),
+            [&](std::uint32_t a, std::uint32_t b) { return goes_before(a, b); });
   std::size_t freed = 0;
   const auto shorten = [&](std::uint32_t slot, auto counts) {
     const std::size_t tokens = shorter(slot, pages - freed, counts);

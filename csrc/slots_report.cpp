@@ -216,6 +216,7 @@ void SlotSpace::check_kept(std::uint32_t slot) const {
     if (!holds) throw InvariantError("slot " + std::to_string(slot) + ": " + what);
   };
   require(!s.open || s.kept.tokens == 0, "open and kept at once");
+  require(!s.open || s.turn == 0, "open, and has a turn to be evicted");
   require(s.kept.lowest <= s.kept.tokens && s.kept.anchor <= s.kept.tokens,
           "a kept slot with lowest or anchor beyond its tokens");
   require(s.was_kept || s.kept.tokens == 0, "keeps what nobody asked it to");

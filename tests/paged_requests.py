@@ -37,6 +37,8 @@ def start(memory: PagedMemory, name: str, ids: list[int], **options: Any) -> Req
 
 def end(memory: PagedMemory, *requests: Request, error: bool = False) -> None:
     for request in requests:
+        if not error and request.computed:
+            request.tokens.append(1)  # who ends well has been given a token
         request.finish_reason = FinishReason.ERROR if error else FinishReason.LENGTH
         request.status = Status.FINISHED
         memory.release(request)

@@ -20,6 +20,7 @@ from vattn._core import DriverError, InvariantError, OutOfPages, OutOfSlots, Pag
 if TYPE_CHECKING:
     from vattn import allocator
     from vattn.engine.eviction import EvictionPolicy, KeptSequence, PolicyError
+    from vattn.engine.ranks import RankFunction
     from vattn.hf.cache import VirtualCache
     from vattn.kv.cache import KVCache
     from vattn.kv.layout import LayerSpec
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         Logprob,
         RequestOutput,
     )
+    from vattn.request import Request
     from vattn.sampling_params import (
         BeamSearchParams,
         RequestOutputKind,
@@ -69,6 +71,8 @@ _HOMES = {
     "PagePool": "vattn.kv.pool",
     "PageState": "vattn.kv.report",
     "PoolStats": "vattn.kv.pool",
+    "RankFunction": "vattn.engine.ranks",
+    "Request": "vattn.request",
     "RequestOutput": "vattn.outputs",
     "SamplingParams": "vattn.sampling_params",
     "Slot": "vattn.kv.slots",
@@ -102,6 +106,8 @@ __all__ = [
     "PagesGone",
     "PolicyError",
     "PoolStats",
+    "RankFunction",
+    "Request",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",

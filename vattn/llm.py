@@ -357,7 +357,11 @@ class LLM:
         return self.engine.cache.memory_map()
 
     def set_budget(self, budget_bytes: int | str) -> None:
-        """Moves the KV cache's budget while running: kept prefixes and then requests give way."""
+        """Moves the KV cache's budget while running: kept prefixes and then requests give way.
+
+        Raises:
+            PolicyError: the eviction policy failed; the budget is as before.
+        """
         self._check_open()
         self.engine.memory.set_budget(budget_bytes)
 
@@ -407,6 +411,7 @@ class LLM:
         Raises:
             ValueError: a trace runs already, the file cannot be written, ``max_events`` is not
                 positive, or the LLM was closed.
+            MemoryError: there is no room for so many calls of the driver.
         """
         self._check_open()
         if self._trace is not None:

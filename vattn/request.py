@@ -46,7 +46,7 @@ class Request:
     seed: int = 0
     stop_ids: frozenset[int] = frozenset()  # that end it, end-of-sequence tokens included
     priority: int = 0  # smaller goes first, under the priority policy
-    rank: Any = 0  # by the scheduling policy: smaller goes first; set by the scheduler
+    rank: Any = None  # by the scheduling policy: smaller goes first; set by the scheduler
     deadline_s: float | None = None  # of time.monotonic
     cache_salt: str = ""
     source: Request | None = None  # the sample 0 whose prompt this one shares

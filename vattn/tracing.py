@@ -62,7 +62,8 @@ class _Event(NamedTuple):
 class Trace:
     """The last events of a program, and the file that they are for.
 
-    Events may be added from any thread.
+    One thread adds events, that of the engine; what other threads did comes by
+    :func:`driver_events`.
 
     Args:
         path: of the file, which is replaced; compressed if it ends in ``.gz``.
@@ -148,12 +149,12 @@ class Trace:
             OSError: the disk is full, or the like.
         """
         dropped = self._added - len(self._events)
-        events = sorted([*self._events, *calls], key=lambda e: (e.begin_ns, -e.end_ns))
         told = {**(about or {}), "dropped_events": dropped, "dropped_calls": dropped_calls}
         told["clock"] = "microseconds since start_ns of CLOCK_MONOTONIC"
         told["start_ns"] = self.start_ns
         written = 0
         with self._file as file:
+            events = sorted([*self._events, *calls], key=lambda e: (e.begin_ns, -e.end_ns))
             file.write('{"displayTimeUnit": "ms", "otherData": ' + json.dumps(told))
             file.write(', "traceEvents": [\n')
             for entry in self._entries(events, others, dropped + dropped_calls):

@@ -201,12 +201,14 @@ class Engine:
         except BaseException as error:
             # Whatever was interrupted, nothing half-done is left, and no K or V that was not
             # computed is found by the next request.
-            text = f"the engine was interrupted: {type(error).__name__}: {error}"
             self._in_flight = None
-            self.scheduler.lose_all(text)
+            self._lose_all(error)
             with contextlib.suppress(DriverError):  # after a fatal one there is nothing to save
                 self.memory.lose_all()
             raise
+
+    def _lose_all(self, error: BaseException) -> None:
+        self.scheduler.lose_all(f"the engine was interrupted: {type(error).__name__}: {error}")
 
     def _step(self) -> list[Request]:
         if self._inbox:
@@ -273,21 +275,31 @@ class Engine:
     def _take_inbox(self) -> None:
         with self._inbox_lock:
             inbox, self._inbox = self._inbox, []
-        for item in inbox:
-            if not isinstance(item, Request):
+        for number, item in enumerate(inbox):
+            try:
+                if isinstance(item, Request):
+                    self._take_in(item)
+                    continue
                 for sample in self._samples.get(item, ()):
                     self.scheduler.abort(sample)
                 self.scheduler.abort(item)
-                continue
-            try:
-                self.outputs.add(item)
-                self.scheduler.add(item)
-            except Exception as error:  # of this request alone
-                self.outputs.ended([item])
-                self.scheduler.refuse(item, f"{type(error).__name__}: {error}")
-            else:
-                if item.params.n > 1:
-                    self._samples.setdefault(item.id.rpartition(".")[0], []).append(item)
+            except BaseException:
+                # Who was not taken in yet is not among those that the interruption ends.
+                mine = isinstance(item, str) or item.finished or self.scheduler.knows(item)
+                with self._inbox_lock:
+                    self._inbox[:0] = inbox[number + mine :]
+                raise
+
+    def _take_in(self, request: Request) -> None:
+        try:
+            self.outputs.add(request)
+            self.scheduler.add(request)
+        except Exception as error:  # of this request alone
+            self.outputs.ended([request])
+            self.scheduler.refuse(request, f"{type(error).__name__}: {error}")
+        else:
+            if request.params.n > 1:
+                self._samples.setdefault(request.id.rpartition(".")[0], []).append(request)
 
     def _forget_sample(self, request: Request) -> None:
         name = request.id.rpartition(".")[0]
@@ -446,14 +458,18 @@ class Engine:
 
     def close(self) -> None:
         """Aborts what runs and gives the memory of the KV cache back."""
-        if self._inbox:
-            self._take_inbox()
         with self._on_device():
             try:
+                if self.config.eviction_policy is not None:
+                    self.memory.evictor = None  # nothing is kept: there is nothing to ask
+                self._take_inbox()
                 self.scheduler.abort_all()
                 if self._in_flight is not None:
                     self.scheduler.drop(self._in_flight.plan)
-            finally:  # a policy that is asked what to keep may fail
+            except BaseException as error:
+                self._lose_all(error)
+                raise
+            finally:
                 self._in_flight = None
                 self._masks.close()
                 self.memory.close()

@@ -6,6 +6,8 @@ those that several sequences keep go last. Without a policy nothing of this is a
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vattn.request import Request
+from vattn.request import Request, Status
 
 if TYPE_CHECKING:
     from vattn.kv.cache import KVCache
@@ -26,28 +28,37 @@ class PolicyError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeptSequence:
-    """What a finished request has left. It tells of this moment, until the policy has returned.
+    """What a request has left that ended, or gave way.
+
+    It tells of this moment, and is made anew for each call.
 
     Args:
-        slot: where it is.
+        slot: where it is. Others may have it later.
+        id: its own from the first time it is kept until it is gone, and nobody else's before or
+            after. A request that goes on in its place goes on with its ``id`` and ``uses``; one
+            that forks it has its own.
         tokens: how many of its tokens are still there; the end may be gone.
-        last_used_s: when it was kept, or a request last continued from it; of ``time.monotonic``.
+        last_used_s: when it was kept, or a request last continued from it; of ``time.monotonic``,
+            and never the same for two.
         uses: requests that have continued from it so far.
         cache_salt: of its requests.
+        waiting: its request was preempted and comes back for it. What of it goes is computed again.
     """
 
     slot: int
+    id: int
     tokens: int
     last_used_s: float
     uses: int
     cache_salt: str
-    _ids: Sequence[int] = field(repr=False)
+    waiting: bool
+    _ids: tuple[int, ...] = field(repr=False)
     _count_pages: Callable[[], int] = field(repr=False)
 
     @property
     def token_ids(self) -> Sequence[int]:
-        """Of the tokens that are still there, prompt first."""
-        return self._ids[: self.tokens]
+        """Of the tokens that are still there, prompt first. Not copied unless the end is gone."""
+        return self._ids if self.tokens == len(self._ids) else self._ids[: self.tokens]
 
     @property
     def pages(self) -> int:
@@ -60,11 +71,14 @@ class EvictionPolicy:
 
     Make a class from it that says otherwise, and pass an object of it as
     ``LLM(..., eviction_policy=...)``. Its methods are called between steps, on the engine's thread;
-    an exception ends all requests with a :class:`PolicyError`, and the engine begins anew.
+    an exception ends all requests with a :class:`PolicyError`, and the engine begins anew. It is
+    not asked about requests that end because the engine is closed.
     """
 
     def keep(self, request: Request) -> bool:
         """Whether what a request has computed is kept, now that it has ended.
+
+        Asked of each of a prompt's ``n`` samples, and of each beam of a beam search.
 
         Args:
             request: with its ``prompt_ids``, ``tokens`` (prompt and output), ``cached`` (tokens of
@@ -77,10 +91,14 @@ class EvictionPolicy:
 
         Sequences are shortened in this order until there are pages enough, and after them those
         that were not named, used longest ago first. So naming more of them than have to go costs
-        nothing: ``sorted(kept, key=...)`` is a policy.
+        nothing: ``sorted(kept, key=...)`` is a policy. An order holds until the next is given.
+
+        More than ``pages`` goes in one case: a request that begins with nothing of anybody's, and
+        would have to take half of the first one's pages or more, takes its slot, and all of it.
 
         Args:
-            kept: all of them, in no order, but for the one that the request continues from.
+            kept: all of them, in no order, but for the one that the request continues from. Those
+                of preempted requests are among them, see :attr:`KeptSequence.waiting`.
             pages: that have to come from them; 0 if only a slot is short.
         """
         return ()
@@ -90,7 +108,9 @@ class EvictionPolicy:
 class _Record:
     """Of one slot, open or kept."""
 
-    ids: list[int] | None = None  # None while it is open
+    id: int
+    ids: tuple[int, ...] | None = None  # None while it is open
+    preempted: Request | None = None  # which may have come back since, elsewhere
     salt: str = ""
     uses: int = 0
     last_used_s: float = 0.0
@@ -112,6 +132,8 @@ class Evictor:
         self._cache = cache
         self._clock = clock
         self._records: dict[int, _Record] = {}
+        self._serial = itertools.count()
+        self._last_s = -math.inf
 
     def keeps(self, request: Request) -> bool:
         """What the policy says about keeping a request.
@@ -137,20 +159,27 @@ class Evictor:
             counts: that is a use of the source, and not the return of who was preempted.
         """
         if source >= 0:
-            of = self._records.setdefault(source, _Record())
+            of = self._records[source]
             of.uses += counts
-            of.last_used_s = self._clock()
+            of.last_used_s = self._now()
         if not in_place:
-            self._records[slot] = _Record()
+            self._records[slot] = _Record(next(self._serial))
         self._records[slot].ids = None
 
-    def closed(self, slot: int, ids: list[int] | None, salt: str) -> None:
-        """A slot is free, and keeps these tokens; None for nothing."""
-        if ids is None:
+    def closed(self, slot: int, request: Request, tokens: int) -> None:
+        """A slot is free, and keeps so many tokens of a request that ended or gives way."""
+        if not tokens:
             self._records.pop(slot, None)
             return
         record = self._records[slot]
-        record.ids, record.salt, record.last_used_s = ids, salt, self._clock()
+        record.ids, record.salt = tuple(request.tokens[:tokens]), request.cache_salt
+        record.preempted = None if request.finished else request
+        record.last_used_s = self._now()
+
+    def _now(self) -> float:
+        """Later than before, however coarse the clock is: the order of uses does not hang on it."""
+        self._last_s = max(self._clock(), math.nextafter(self._last_s, math.inf))
+        return self._last_s
 
     def forget(self, slot: int | None = None) -> None:
         """What a slot kept is gone; None for all slots, open ones included."""
@@ -185,6 +214,20 @@ class Evictor:
         pages -= self._cache.pool.core.unkept_pages()
         if pages > 0 or (open_slots is not None and not self._has_vacant_slot(open_slots)):
             self.ask(max(0, pages), source)
+
+    def before_budget(self, budget_bytes: int) -> None:
+        """The same for a budget that is about to be lowered.
+
+        Raises:
+            PolicyError: see :meth:`ask`.
+        """
+        core = self._cache.pool.core
+        stats = core.stats()
+        lost = (stats["budget_bytes"] - budget_bytes) // stats["page_bytes"]
+        unkept = core.unkept_pages()
+        pages = min(lost, core.available_pages()) - unkept
+        if pages > 0:
+            self.ask(pages)
 
     def _has_vacant_slot(self, open_slots: int) -> bool:
         """Whether a free slot keeps nothing."""
@@ -234,10 +277,12 @@ class Evictor:
             kept.append(
                 KeptSequence(
                     slot,
+                    record.id,
                     lengths[slot],
                     record.last_used_s,
                     record.uses,
                     record.salt,
+                    _is_waiting(record.preempted),
                     record.ids,
                     partial(self._cache.sole_pages, slot),
                 )
@@ -258,3 +303,8 @@ class Evictor:
         """
         known = {slot for slot, record in self._records.items() if record.ids is None}
         assert known == set(open_slots), (known, open_slots)
+
+
+def _is_waiting(request: Request | None) -> bool:
+    """Whether a request that was preempted has still not come back."""
+    return request is not None and request.status is Status.WAITING and request.slot < 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from vattn._core import DriverError, OutOfPages, Ticket
+from vattn.config import parse_bytes
 from vattn.engine.eviction import EvictionPolicy, Evictor
 from vattn.engine.speculation.proposer import Proposer
 from vattn.kv.cache import KVCache
@@ -153,8 +154,15 @@ class Holdings:
         return False
 
     def set_budget(self, budget_bytes: int | str) -> None:
-        """Moves the budget while running; kept prefixes go first, then requests are preempted."""
-        self.cache.pool.set_budget(budget_bytes)
+        """Moves the budget while running; kept prefixes go first, then requests are preempted.
+
+        Raises:
+            PolicyError: an eviction policy failed; the budget is as before.
+        """
+        budget = parse_bytes(budget_bytes, "budget_bytes")
+        if self.evictor is not None:
+            self.evictor.before_budget(budget)
+        self.cache.pool.set_budget(budget)
 
     def _budget_pages(self) -> int:
         """Pages that sequences may have in all."""

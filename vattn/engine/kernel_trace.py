@@ -74,10 +74,12 @@ class KernelTrace:
         Raises:
             RuntimeError: the profiler has lost what tells its clock.
         """
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self._marks += _mark()
-        self._profile.stop()
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self._marks += _mark()
+        finally:  # there is only one: nobody else could begin
+            self._profile.stop()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "torch.json")
             self._profile.export_chrome_trace(str(path))

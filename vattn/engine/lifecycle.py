@@ -108,13 +108,26 @@ class Lifecycle:
         if source is not None and not source.finished and source.id not in self._requests:
             raise ValueError(f"the source of request {request.id!r} is unknown; add it before")
         request.timings.arrival_s = request.timings.arrival_s or self._clock()
-        request.rank = rank_of(self.policy, request)
+        request.rank = self._rank_of(request)
         request.order = self._arrivals
         self._arrivals += 1
         self._requests[request.id] = request
         if request.deadline_s is not None:
             self._deadlines.push(request.deadline_s, request)
         self._waiting.add(request)
+
+    def _rank_of(self, request: Request) -> Any:
+        """Asked once for the samples of a prompt: all have the rank of the first, or none."""
+        first = request.source
+        if first is None or (first.rank is None and first.error is None):
+            return rank_of(self.policy, request)
+        if first.rank is None:
+            raise ValueError(f"{first.id!r}, of the same prompt, was refused: {first.error}")
+        return first.rank
+
+    def knows(self, request: Request) -> bool:
+        """Whether a request was added and has not ended."""
+        return self._requests.get(request.id) is request
 
     def abort(self, request: Request | str) -> bool:
         """Ends a request at any moment; False if it has ended or is not known."""

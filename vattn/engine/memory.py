@@ -185,8 +185,7 @@ class MemoryManager(Admission):
         if keep:
             self.index.insert(slot, request.tokens[:tokens], request.cache_salt)
         if self.evictor is not None:
-            ids = request.tokens[:tokens] if keep else None
-            self.evictor.closed(slot, ids, request.cache_salt)
+            self.evictor.closed(slot, request, tokens if keep else 0)
         request.slot, request.computed = -1, 0
 
     def lose_all(self) -> None:

@@ -1,8 +1,8 @@
 """Who comes first: the scheduling policies, a function of the user's among them; no torch here.
 
-A request has its rank from the moment it is added, and keeps it: the smallest comes first, and of
-equal ones who came first. Under every policy but first come, first served, a waiting request takes
-the place of running ones of a larger rank when sequences or pages are short.
+A prompt has its rank from the moment its first request is added, and keeps it: the smallest comes
+first, and of equal ones who came first. Under every policy but first come, first served, a waiting
+request takes the place of running ones of a larger rank when sequences or pages are short.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 from vattn.request import Request
 
-Rank: TypeAlias = float | tuple[float, ...]
+Rank: TypeAlias = int | float | tuple[int | float, ...]
 RankFunction: TypeAlias = Callable[[Request], Rank]
 Policy: TypeAlias = Literal["fcfs", "priority"] | RankFunction
 
@@ -22,8 +22,10 @@ NAMES = ("fcfs", "priority")
 
 
 def is_policy(policy: object) -> bool:
-    """Whether it is the name of one, or could be a function that ranks."""
-    return callable(policy) or (isinstance(policy, str) and policy in NAMES)
+    """Whether it is the name of one, or could be a function that ranks; a class could not."""
+    if isinstance(policy, str):
+        return policy in NAMES
+    return callable(policy) and not isinstance(policy, type)
 
 
 def rank_of(policy: Policy, request: Request) -> Any:
@@ -53,7 +55,7 @@ def rank_of(policy: Policy, request: Request) -> Any:
     return parts
 
 
-def _number(value: object) -> float | None:
+def _number(value: object) -> int | float | None:
     """As Python's own, of which all compare, whatever their size; None if it is no number."""
     if isinstance(value, numbers.Integral):
         return int(value)

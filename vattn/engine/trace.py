@@ -44,6 +44,7 @@ class EngineTrace:
     Raises:
         ValueError: the file cannot be written, the driver's calls or torch's are being traced
             already, or ``max_events`` is not positive.
+        MemoryError: there is no room for so many calls.
     """
 
     def __init__(
@@ -82,11 +83,30 @@ class EngineTrace:
     def stop(self) -> TraceSummary:
         """Ends the trace and writes the file.
 
+        Whatever fails, profiler and driver are traced no more, and the file has the rest.
+
         Raises:
             OSError: the disk is full, or the like.
+            MemoryError: of the driver's calls there are too many.
         """
         self._wrappers.remove()
-        calls, dropped = ([], 0) if self._driver is None else _stop_calls(self._driver)
+        calls: list[list[int]] = []
+        others: list[dict[str, Any]] = []
+        dropped = 0
+        try:
+            try:
+                if self._driver is not None:
+                    calls, dropped = _stop_calls(self._driver)
+            finally:
+                if self._kernels is not None:
+                    others = self._kernels.stop(self._trace.start_ns)
+        finally:
+            summary = self._write(calls, dropped, others)
+        return summary
+
+    def _write(
+        self, calls: list[list[int]], dropped: int, others: list[dict[str, Any]]
+    ) -> TraceSummary:
         for request in [*self._scheduler._ended, *self._scheduler._requests.values()]:
             self._live(request)
         operations = [] if self._driver is None else list(self._driver.counters())
@@ -94,15 +114,9 @@ class EngineTrace:
             "driver": None if self._driver is None else self._driver.name(),
             "kernels": self._kernels is not None,
         }
-        others: list[dict[str, Any]] = []
-        try:
-            if self._kernels is not None:
-                others = self._kernels.stop(self._trace.start_ns)
-        finally:
-            summary = self._trace.write(
-                driver_events(operations, calls), others, dropped_calls=dropped, about=about
-            )
-        return summary
+        return self._trace.write(
+            driver_events(operations, calls), others, dropped_calls=dropped, about=about
+        )
 
     # Wrappers -------------------------------------------------------------------------------------
 

@@ -65,11 +65,11 @@ class KeptSlots(SlotTable):
         self._slots.touch(self._index(slot))
 
     def evict_first(self, slots: SlotList) -> None:
-        """Makes free slots the ones used longest ago, in this order: they lose content first.
+        """Has free slots lose content first, in this order, until another order is given.
 
         So a policy of one's own decides what is evicted, and the cache how: from the end, and what
-        several slots keep last. The order of the others stays, and a slot that is kept or touched
-        later comes after all of them.
+        several slots keep last. Those that are not named follow, used longest ago first; so does a
+        named one that is used or touched meanwhile. An empty list takes the order back.
 
         Raises:
             ValueError: a slot is open, or none of this cache; nothing has changed.
