@@ -202,6 +202,9 @@ class PagedMemory(PagedAdmission):
         """No block that nobody holds is found any more; running ones go on."""
         self.cache.blocks.forget_free()
 
+    def ask_no_more(self) -> None:
+        """Nothing: it has no policy."""
+
     def close(self) -> None:
         """Ends the use of the scratch slot."""
         if self.proposer is not None:

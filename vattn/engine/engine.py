@@ -87,11 +87,9 @@ class Engine:
         storage = make_storage(
             StorageNeeds(loaded, config, self.max_model_len, int(self.is_async), pool)
         )
-        # Ours, unless another storage was asked for, which has as much of them as is used here.
-        self.cache = cast(KVCache, storage.cache)
-        self.memory = cast(MemoryManager, storage.memory)
+        self.storage = storage
         self.scheduler = Scheduler(
-            self.memory,
+            storage.memory,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.step_tokens,
             max_model_len=self.max_model_len,
@@ -107,11 +105,11 @@ class Engine:
             self.cache,
             storage.backend,
             max_model_len=self.max_model_len,
-            scratch_slot=self.memory.scratch_slot,
+            scratch_slot=self.storage.memory.scratch_slot,
             graphs=storage.graphs,
         )
         self.runner.capture(show_progress=True)
-        self.proposer = self.memory.proposer = make_proposer(
+        self.proposer = self.storage.memory.proposer = make_proposer(
             config, draft, storage.pool, self.max_model_len, graphs=storage.graphs
         )
         self._masks = StructuredMasks(loaded.vocab_size, Uploader(loaded.device))
@@ -131,6 +129,16 @@ class Engine:
         self._samples: dict[str, list[Request]] = {}  # unfinished, by the prompt's name
         self._in_flight: _Launched | None = None
         self._steps = self._prompt_tokens = self._generation_tokens = 0
+
+    @property
+    def cache(self) -> KVCache:
+        """Where K and V are. Of another storage, an object with what :class:`EngineCache` has."""
+        return cast(KVCache, self.storage.cache)
+
+    @property
+    def memory(self) -> MemoryManager:
+        """Who decides over the cache. Of another storage, one with what EngineMemory has."""
+        return cast(MemoryManager, self.storage.memory)
 
     # Requests -------------------------------------------------------------------------------------
 
@@ -204,7 +212,7 @@ class Engine:
             self._in_flight = None
             self._lose_all(error)
             with contextlib.suppress(DriverError):  # after a fatal one there is nothing to save
-                self.memory.lose_all()
+                self.storage.memory.lose_all()
             raise
 
     def _lose_all(self, error: BaseException) -> None:
@@ -333,8 +341,8 @@ class Engine:
                 arriving = sampled.send()
             self.scheduler.sampled(plan)
             # The device works now. What is staged may copy what this step writes, so not earlier.
-            prompt_ends = self.memory.last_prompt_tokens(plan.decodes)
-            self.memory.index_prompts()
+            prompt_ends = self.storage.memory.last_prompt_tokens(plan.decodes)
+            self.storage.memory.index_prompts()
             self._stage()
         except PolicyError:
             raise
@@ -423,7 +431,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Figures of this moment."""
-        scheduler, memory = self.scheduler.stats(), self.memory.counters
+        scheduler, memory = self.scheduler.stats(), self.storage.memory.counters
         drafts = self.scheduler.drafts
         graphs = self.runner.graph_stats
         return EngineStats(
@@ -441,10 +449,10 @@ class Engine:
             beams_moved=memory.beams_moved,
             requests_swapped_out=memory.swapped_out,
             requests_swapped_in=memory.swapped_in,
-            swap_used_bytes=self.memory.swap_used_bytes,
+            swap_used_bytes=self.storage.memory.swap_used_bytes,
             graphs_captured=graphs.captured,
             steps_by_graph=graphs.replayed,
-            cache=self.cache.stats(),
+            cache=self.storage.cache.stats(),
             spec_decode_num_drafts=drafts.drafts,
             spec_decode_num_draft_tokens=drafts.draft_tokens,
             spec_decode_num_accepted_tokens=drafts.accepted_tokens,
@@ -454,14 +462,13 @@ class Engine:
     def check(self) -> None:
         """Verifies the invariants of scheduler, memory manager and cache."""
         self.scheduler.check()
-        self.memory.check()
+        self.storage.memory.check()
 
     def close(self) -> None:
         """Aborts what runs and gives the memory of the KV cache back."""
         with self._on_device():
             try:
-                if self.config.eviction_policy is not None:
-                    self.memory.evictor = None  # nothing is kept: there is nothing to ask
+                self.storage.memory.ask_no_more()
                 self._take_inbox()
                 self.scheduler.abort_all()
                 if self._in_flight is not None:
@@ -472,8 +479,8 @@ class Engine:
             finally:
                 self._in_flight = None
                 self._masks.close()
-                self.memory.close()
-                self.cache.close()
+                self.storage.memory.close()
+                self.storage.cache.close()
 
 
 class _Forwarded(NamedTuple):

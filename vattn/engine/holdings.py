@@ -73,6 +73,10 @@ class Holdings:
             cache.open(slot=self.scratch_slot)
             cache.ensure(self.scratch_slot, 1)
 
+    def ask_no_more(self) -> None:
+        """Nothing will be kept from now on, so no policy is asked any more."""
+        self.evictor = None
+
     # Host memory ----------------------------------------------------------------------------------
 
     @property

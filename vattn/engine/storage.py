@@ -97,6 +97,10 @@ class EngineMemory(Memory, Protocol):
         """Verifies its invariants and those of the cache."""
         ...
 
+    def ask_no_more(self) -> None:
+        """Called before the engine closes: nothing will be kept, so no policy is asked any more."""
+        ...
+
     def close(self) -> None:
         """Ends what it does in the background."""
         ...
