@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tests.helpers import Sequences, as_bytes, token_bytes
+from tests.helpers import Sequences, as_bytes, make_cache, make_pool, pages_of, token_bytes
+from vattn import OutOfPages
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import vattn
+    from vattn import _core
+    from vattn.kv.layout import Order
 
 
 @dataclass
@@ -74,3 +77,27 @@ def assert_kept(
             wanted = token_bytes(writers[start:], start, seen.shape[1], layer, "v" if part else "k")
             bad = start + np.flatnonzero((seen != wanted).any(axis=1))
             assert len(bad) == 0, f"kept slot {slot} layer {layer} part {part}: {bad} {context}"
+
+
+def short_pool(driver: _core.Driver, tokens: list[int], order: Order) -> KeptSequences:
+    """A cache with as many pages as sequences of these lengths need, and slots to spare."""
+    probe = make_cache(make_pool(driver), order=order)
+    pages = pages_of(probe, tokens)
+    probe.close()
+    return KeptSequences(make_cache(make_pool(driver, pages=pages), order=order, max_seqs=8))
+
+
+def fill_up(seqs: KeptSequences, slot: int, check: Callable[[], None]) -> None:
+    """Grows a sequence by a token at a time until it is full or nothing is left for it."""
+    for tokens in range(1, seqs.cache.max_tokens + 1):
+        try:
+            seqs.grow(slot, tokens)
+        except OutOfPages:
+            return
+        check()
+
+
+def held_pages(cache: vattn.KVCache, tokens: int) -> int:
+    """Pages with at least one of so many tokens, without their cover."""
+    page = cache.pool.page_bytes
+    return sum(r.runs * -(-tokens * r.token_bytes // page) for r in cache.layout.regions)
