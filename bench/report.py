@@ -23,7 +23,7 @@ from pathlib import Path
 from bench import report_levels, report_plots
 from bench.common import Json
 from bench.provenance import ROOT
-from bench.report_files import StageFile, collect, gpu_folders, load
+from bench.report_files import StageFile, between, collect, gpu_folders, load
 from bench.report_tables import UNMEASURED, render
 
 BEGIN, END = "<!-- gpu-results:begin -->", "<!-- gpu-results:end -->"
@@ -47,16 +47,8 @@ def block(gpus: Sequence[Sequence[StageFile]]) -> str:
 
 
 def with_block(readme: str, text: str) -> str:
-    """The README with that between its markers.
-
-    Raises:
-        ValueError: it does not have each marker once, in order.
-    """
-    counts = (readme.count(BEGIN), readme.count(END))
-    if counts != (1, 1) or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"the README needs the lines {BEGIN} and {END}, once each, in this order")
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}{END}{rest.split(END)[1]}"
+    """The README with that between its markers; see :func:`bench.report_files.between`."""
+    return between(readme, (BEGIN, END), text, "the README")
 
 
 def plot_names(gpus: Sequence[Sequence[StageFile]]) -> set[str]:

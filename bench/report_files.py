@@ -210,3 +210,17 @@ def scrub(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [scrub(item) for item in value]
     return value
+
+
+def between(text: str, markers: tuple[str, str], inner: str, name: str) -> str:
+    """A document with something else between its two markers, each of which is a line.
+
+    Raises:
+        ValueError: it does not have each marker once, in order.
+    """
+    begin, end = markers
+    counts = (text.count(begin), text.count(end))
+    if counts != (1, 1) or text.index(begin) > text.index(end):
+        raise ValueError(f"{name} needs the lines {begin} and {end}, once each, in this order")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{inner}{end}{rest.split(end)[1]}"

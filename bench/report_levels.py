@@ -12,7 +12,7 @@ from bench.levels import registry
 from bench.levels.level import absent_table, published_table
 from bench.levels.plot import write_plot
 from bench.levels.table import Table
-from bench.report_files import gpu_folders, load
+from bench.report_files import between, gpu_folders, load
 
 BEGIN, END = "<!-- levels:begin -->", "<!-- levels:end -->"
 DOCUMENT = Path("docs") / "levels.md"
@@ -134,16 +134,8 @@ def _tables(file: LevelFile) -> list[Table]:
 
 
 def with_block(text: str, inner: str) -> str:
-    """The document with that between its markers.
-
-    Raises:
-        ValueError: it does not have each marker once, in order.
-    """
-    counts = (text.count(BEGIN), text.count(END))
-    if counts != (1, 1) or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{DOCUMENT} needs the lines {BEGIN} and {END}, once each, in this order")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{inner}{END}{rest.split(END)[1]}"
+    """The document with that between its markers; see :func:`bench.report_files.between`."""
+    return between(text, (BEGIN, END), inner, str(DOCUMENT))
 
 
 def problems(root: Path) -> list[str]:
