@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CMAKE := $(BIN)/cmake
 FAKE := build/fake_cuda/libfake_cuda.so
+LEVELS := kernels memory offline serving allocator ablations peers
 
 CXX_FILES = $(wildcard $(addsuffix /*.cpp,$(CXX_DIRS)) $(addsuffix /*.h,$(CXX_DIRS)))
 CXX_DIRS := csrc allocator bench/native tests/fake_cuda tests/stress
@@ -111,7 +112,7 @@ gpu-check: $(STAMP_DEV)
 	$(BIN)/python -m bench.gpu.check
 endif
 
-bench: $(STAMP_DEV)
+bench: fake
 	$(CONFIGURE) -B build/bench
 	$(CMAKE) --build build/bench -j $(JOBS) --target vattn_ensure_bench vattn_allocator_replay
 	mkdir -p results
@@ -119,14 +120,12 @@ bench: $(STAMP_DEV)
 	$(BIN)/python -m bench.cache --json results/cache.json
 	$(BIN)/python -m bench.scheduler --json results/scheduler.json
 	$(BIN)/python -m bench.prefix --json results/prefix.json
-	$(BIN)/python -m bench memory --json results/memory.json
 	$(BIN)/python -m bench.overlap --json results/overlap.json
-	$(BIN)/python -m bench peers --json results/peers.json
-	$(BIN)/python -m bench.allocator --json results/allocator.json
 	$(BIN)/python -m bench.decoding --json results/decoding.json
+	for level in $(LEVELS); do $(BIN)/python -m bench $$level \
+		--json results/$$level.json --plot results/$$level.svg || exit 1; done
 
 # To see that every level runs; what it measures at this size means nothing.
-LEVELS := kernels memory offline serving allocator ablations peers
 bench-small: fake
 	for level in $(LEVELS); do $(BIN)/python -m bench $$level --small --device cpu \
 		--json results/small/$$level.json --plot results/small/$$level.svg || exit 1; done

@@ -176,7 +176,7 @@ class MemoryManager(Admission):
         request.kv = self.usage(request)
         # That what it has computed are numbers is known since the first token that was sampled from
         # it. Before, whoever begins alike may have it, since it would compute the same.
-        if not (sound and request.output_ids):
+        if not (sound and len(request.tokens) > len(request.prompt_ids)):
             self.cache.mark_dirty(slot)
         keep = keep and self.prefix_caching and tokens > 0
         del self._owners[slot]
