@@ -27,7 +27,7 @@ from vattn import LLM, KVCache, PagePool, SamplingParams
 from vattn.attention.flash import FlashBackend
 from vattn.attention.select import choose
 from vattn.attention.upload import Ring, Uploader
-from vattn.engine import buckets, engine, graphs, runner
+from vattn.engine import buckets, graphs, runner, setup
 from vattn.engine.batch import SAMPLED, StepBatch
 from vattn.engine.buckets import Bucket
 from vattn.engine.cuda_graph import Graph
@@ -403,8 +403,8 @@ def test_an_engine_gives_the_same_text(
 
     wanted, stats = texts(enforce_eager=True)
     assert stats.captured == 0
-    monkeypatch.setattr(engine, "can_capture", lambda device: True)
-    monkeypatch.setattr(engine, "choose", lambda specs, *_, **__: flash2(specs))
+    monkeypatch.setattr(setup, "can_capture", lambda device: True)
+    monkeypatch.setattr(setup, "choose", lambda specs, *_, **__: flash2(specs))
     given, stats = texts(async_scheduling=ahead, cudagraph_capture_sizes=[1, 4])
     assert given == wanted
     assert stats.captured == 2 * len(LENGTHS)
