@@ -196,7 +196,7 @@ def test_the_samples_of_a_prompt_are_aborted_by_its_name() -> None:
     engine.abort("z")
     engine.step()
     assert [sample.finish_reason for sample in samples] == ["abort"] * 3
-    assert not engine._samples
+    assert not engine._inbox._samples
     finish(engine)
 
 

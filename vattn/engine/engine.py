@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from vattn.engine.beam_scores import BeamScorer
 from vattn.engine.config import EngineConfig
 from vattn.engine.eviction import PolicyError
 from vattn.engine.grammars import GrammarCompiler
+from vattn.engine.inbox import Inbox
 from vattn.engine.intake import Intake
 from vattn.engine.memory import MemoryManager
 from vattn.engine.outputs import OutputProcessor
@@ -124,9 +124,7 @@ class Engine:
             tokenizer=tokenizer,
             grammars=GrammarCompiler(tokenizer, loaded.vocab_size, loaded.eos_token_ids),
         )
-        self._inbox: list[Request | str] = []
-        self._inbox_lock = threading.Lock()
-        self._samples: dict[str, list[Request]] = {}  # unfinished, by the prompt's name
+        self._inbox = Inbox(self.scheduler, self.outputs)
         self._in_flight: _Launched | None = None
         self._steps = self._prompt_tokens = self._generation_tokens = 0
 
@@ -176,8 +174,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queues a request. It is scheduled from the next step on."""
-        with self._inbox_lock:
-            self._inbox.append(request)
+        self._inbox.add(request)
 
     def abort(self, ids: str | Iterable[str]) -> None:
         """Ends requests with what they have; unknown and finished ones are left as they are.
@@ -185,8 +182,7 @@ class Engine:
         Args:
             ids: of requests, or of prompts whose ``n`` samples are meant.
         """
-        with self._inbox_lock:
-            self._inbox.extend([ids] if isinstance(ids, str) else ids)
+        self._inbox.abort([ids] if isinstance(ids, str) else ids)
 
     @property
     def has_unfinished(self) -> bool:
@@ -220,7 +216,7 @@ class Engine:
 
     def _step(self) -> list[Request]:
         if self._inbox:
-            self._take_inbox()
+            self._inbox.take()
         if self.proposer is not None:
             self._propose(self.proposer)
         plan = self.scheduler.schedule()
@@ -246,7 +242,7 @@ class Engine:
             news = news + [request for request in ended if id(request) not in seen]
             self.outputs.ended(ended)
             for request in ended:
-                self._forget_sample(request)
+                self._inbox.forget(request)
             self._drop_in_flight()
             if not self.scheduler.has_unfinished:
                 self.sampler.forget()
@@ -279,43 +275,6 @@ class Engine:
         if self._in_flight is not None and not self.scheduler.has_unfinished:
             self.scheduler.drop(self._in_flight.plan)
             self._in_flight = None
-
-    def _take_inbox(self) -> None:
-        with self._inbox_lock:
-            inbox, self._inbox = self._inbox, []
-        for number, item in enumerate(inbox):
-            try:
-                if isinstance(item, Request):
-                    self._take_in(item)
-                    continue
-                for sample in self._samples.get(item, ()):
-                    self.scheduler.abort(sample)
-                self.scheduler.abort(item)
-            except BaseException:
-                # Who was not taken in yet is not among those that the interruption ends.
-                mine = isinstance(item, str) or item.finished or self.scheduler.knows(item)
-                with self._inbox_lock:
-                    self._inbox[:0] = inbox[number + mine :]
-                raise
-
-    def _take_in(self, request: Request) -> None:
-        try:
-            self.outputs.add(request)
-            self.scheduler.add(request)
-        except Exception as error:  # of this request alone
-            self.outputs.ended([request])
-            self.scheduler.refuse(request, f"{type(error).__name__}: {error}")
-        else:
-            if request.params.n > 1:
-                self._samples.setdefault(request.id.rpartition(".")[0], []).append(request)
-
-    def _forget_sample(self, request: Request) -> None:
-        name = request.id.rpartition(".")[0]
-        samples = self._samples.get(name, [])
-        if request in samples:
-            samples.remove(request)
-            if not samples:
-                del self._samples[name]
 
     def _forward(self, plan: Plan) -> _Forwarded | None:
         """Launches the model over a step; None if that went wrong."""
@@ -469,7 +428,7 @@ class Engine:
         with self._on_device():
             try:
                 self.storage.memory.ask_no_more()
-                self._take_inbox()
+                self._inbox.take()
                 self.scheduler.abort_all()
                 if self._in_flight is not None:
                     self.scheduler.drop(self._in_flight.plan)
