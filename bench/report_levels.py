@@ -161,7 +161,9 @@ def update(root: Path) -> None:
     drawn = {
         file.image.name
         for file in files
-        if write_plot(registry.load(file.level), file.results, root / file.image)
+        # Plots of presets would look like their level's; the tables have their figures.
+        if file.preset is None
+        and write_plot(registry.load(file.level), file.results, root / file.image)
     }
     for image in (root / IMAGES).glob("level-*.svg"):
         if image.name not in drawn:
