@@ -146,9 +146,11 @@ def test_nothing_waits_for_the_device(compiler: GrammarCompiler) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         masks.begin(requests)
-        sampler.sample(logits, requests)
+        sampled = sampler.sample(logits, requests)  # raises if it waits
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert sampled.token_ids.shape == (6,)
+    assert not sampled.bad.any()
 
 
 @pytest.mark.parametrize("vocab_size", [2030, 2048, 2049, 2061, 2600])

@@ -11,6 +11,7 @@ sides' split over the GPU, masks and appending are the kernel's own. What each t
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
@@ -54,13 +55,13 @@ class FlashKernel(PagedKernel):
         return kernel
 
     @classmethod
+    @abc.abstractmethod
     def load(cls) -> Any:
         """The functions of the kernel, after checking that they take a block table.
 
         Raises:
             Unavailable: it is not installed, or takes other arguments than we know.
         """
-        raise NotImplementedError
 
     @classmethod
     def refusal(cls, spec: AttentionSpec, device: torch.device) -> str | None:
