@@ -148,5 +148,5 @@ $(STAMP_BASE): $(STAMP_VENV) $(PACKAGING) $(NATIVE)
 	touch $@
 
 $(STAMP_DEV): $(STAMP_VENV) $(PACKAGING) $(NATIVE)
-	$(PIP) install -c constraints.txt -e ".[bench,dev,serve]"
+	$(PIP) install -c constraints.txt -e ".[bench,dev]"
 	touch $(STAMP_BASE) $@

@@ -29,7 +29,11 @@ PYTHON_LAYERS = (
     {"vattn.kv"},
     {"vattn.attention", "vattn.hf", "vattn.virtual_tensor"},
     {"vattn.engine"},
-    {"vattn", "vattn.allocator", "vattn.cli", "vattn.llm", "vattn.run", "vattn.server"},
+    {"vattn.llm"},
+    {"vattn.engine_process"},
+    {"vattn.async_llm"},
+    {"vattn.server"},
+    {"vattn", "vattn.allocator", "vattn.cli", "vattn.run"},
 )
 NO_TORCH = (
     "vattn/engine/beams.py",

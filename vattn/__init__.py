@@ -19,8 +19,10 @@ from vattn._core import DriverError, InvariantError, OutOfPages, OutOfSlots, Pag
 
 if TYPE_CHECKING:
     from vattn import allocator
+    from vattn.async_llm import AsyncLLM
     from vattn.engine.eviction import EvictionPolicy, KeptSequence, PolicyError
     from vattn.engine.ranks import RankFunction
+    from vattn.engine_process.errors import EngineDeadError, RequestRefused
     from vattn.hf.cache import VirtualCache
     from vattn.kv.cache import KVCache
     from vattn.kv.layout import LayerSpec
@@ -63,6 +65,9 @@ _HOMES = {
     "KeptSequence": "vattn.engine.eviction",
     "PolicyError": "vattn.engine.eviction",
     "KVCache": "vattn.kv.cache",
+    "AsyncLLM": "vattn.async_llm",
+    "EngineDeadError": "vattn.engine_process.errors",
+    "RequestRefused": "vattn.engine_process.errors",
     "LLM": "vattn.llm",
     "LayerSpec": "vattn.kv.layout",
     "Logprob": "vattn.outputs",
@@ -84,12 +89,14 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "BeamSearchOutput",
     "BeamSearchParams",
     "BeamSearchSequence",
     "CacheStats",
     "CompletionOutput",
     "DriverError",
+    "EngineDeadError",
     "EngineStats",
     "EvictionPolicy",
     "InvariantError",
@@ -110,6 +117,7 @@ __all__ = [
     "Request",
     "RequestOutput",
     "RequestOutputKind",
+    "RequestRefused",
     "SamplingParams",
     "Slot",
     "SlotMap",

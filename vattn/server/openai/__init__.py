@@ -1,0 +1,1 @@
+"""The OpenAI API: its messages, and what becomes of them."""
