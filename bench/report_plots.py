@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import svg
 from bench.common import Json, short_bytes, short_count
 from bench.report_files import StageFile
 
@@ -39,19 +40,15 @@ def write(files: Sequence[StageFile], folder: Path) -> None:
 
 
 def _save(title: str, path: Path, file: StageFile, draw: Draw) -> None:
-    import matplotlib
     from matplotlib.figure import Figure
 
-    # Without these an SVG has random identifiers, the time, and the machine's fonts.
-    style: Any = {"svg.hashsalt": path.name, "svg.fonttype": "none"}
-    with matplotlib.rc_context(style):
+    with svg.style(path):
         figure = Figure((_WIDTH_IN, _HEIGHT_IN), layout="constrained")
         axes = figure.subplots()
         said = "" if file.status == "passed" else f", {file.status}"
         axes.set_title(f"{title} ({file.commit}{said})", fontsize=10)
         draw(axes, file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+        svg.save(figure, path)
 
 
 def _draw_front(axes: Any, file: StageFile) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from bench import svg
 from bench.common import Json
 from bench.levels.level import Level
 
@@ -17,15 +17,11 @@ def write_plot(level: Level, results: Json, path: Path) -> bool:
     Raises:
         ModuleNotFoundError: no matplotlib; it is part of the extra "bench".
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
-    # Without these an SVG has random identifiers, the time, and the machine's fonts.
-    style: Any = {"svg.hashsalt": path.name, "svg.fonttype": "none"}
-    with matplotlib.rc_context(style):
+    with svg.style(path):
         figure = Figure((WIDTH_IN, HEIGHT_IN), layout="constrained")
         if not level.draw(figure, results):
             return False
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None, "Creator": None})
+        svg.save(figure, path)
     return True
