@@ -236,6 +236,26 @@ void bind_space(py::module_& module) {
           },
           py::arg("slot"), py::arg("region"))
       .def(
+          "recycled",
+          [](SlotSpace& space, std::uint32_t slot, std::uint32_t region) {
+            return page_array<bool>(space, region,
+                                    without_gil([&] { return space.recycled(slot, region); }));
+          },
+          py::arg("slot"), py::arg("region"))
+      .def(
+          "overview",
+          [](SlotSpace& space, std::uint32_t cells) {
+            if (cells == 0) throw std::invalid_argument("cells must be positive");
+            py::list out;
+            for (const SlotCells& row : without_gil([&] { return space.overview(cells); })) {
+              const auto* data = reinterpret_cast<const char*>(row.cells.data());
+              out.append(py::make_tuple(row.slot, row.tokens, row.kept,
+                                        py::bytes(data, row.cells.size())));
+            }
+            return out;
+          },
+          py::arg("cells"))
+      .def(
           "page_ids",
           [](SlotSpace& space, std::uint32_t slot, std::uint32_t region) {
             return page_array<std::uint32_t>(

@@ -8,16 +8,6 @@
 namespace vattn {
 namespace {
 
-std::string hex(Address address) {
-  char text[2 + 2 * sizeof(Address) + 1];
-  std::snprintf(text, sizeof text, "0x%zx", static_cast<std::size_t>(address));
-  return text;
-}
-
-std::string range_text(Address base, std::size_t bytes) {
-  return "[" + hex(base) + ", +" + std::to_string(bytes) + ")";
-}
-
 std::invalid_argument bad_range(const char* call, Address base, std::size_t bytes,
                                 const std::string& what) {
   return std::invalid_argument(std::string(call) + " of " + range_text(base, bytes) + what);

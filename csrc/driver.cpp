@@ -3,11 +3,22 @@
 #include <sys/mman.h>
 
 #include <bit>
+#include <cstdio>
 #include <exception>
 #include <new>
 #include <optional>
 
 namespace vattn {
+
+std::string hex(Address address) {
+  char text[2 + 2 * sizeof(Address) + 1];
+  std::snprintf(text, sizeof text, "0x%zx", static_cast<std::size_t>(address));
+  return text;
+}
+
+std::string range_text(Address base, std::size_t bytes) {
+  return "[" + hex(base) + ", +" + std::to_string(bytes) + ")";
+}
 
 const char* op_name(Op op) noexcept {
   static constexpr std::array<const char*, kOps> kNames = {

@@ -37,6 +37,10 @@ inline constexpr PageHandle kNoPageHandle = ~PageHandle{0};
 using Stream = std::uintptr_t;      // a CUstream; 0 is the default stream; ignored on the host
 using EventHandle = std::uint64_t;  // 0 is no event
 
+// Addresses in error messages: ``0x1000``, and ``[0x1000, +4096)``.
+std::string hex(Address address);
+std::string range_text(Address base, std::size_t bytes);
+
 struct MemoryInfo {
   std::size_t free_bytes;
   std::size_t total_bytes;

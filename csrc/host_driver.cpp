@@ -18,16 +18,6 @@ namespace {
 // Mappings that the rest of the process may still want (threads, libraries, other allocators).
 constexpr std::size_t kSpareMappings = 2048;
 
-std::string hex(Address address) {
-  char text[2 + 2 * sizeof(Address) + 1];
-  std::snprintf(text, sizeof text, "0x%zx", static_cast<std::size_t>(address));
-  return text;
-}
-
-std::string range_text(Address base, std::size_t bytes) {
-  return "[" + hex(base) + ", +" + std::to_string(bytes) + ")";
-}
-
 [[noreturn]] void throw_errno(const char* call, int error, const std::string& arguments) {
   throw DriverError(call, error, std::string(std::strerror(error)) + " (" + arguments + ")");
 }

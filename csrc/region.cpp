@@ -34,7 +34,9 @@ Region::Region(PagePool& pool, const RegionSpec& spec, std::uint32_t slots)
   reservation_ = std::make_shared<Reservation>(pool.driver_ptr(), slot_bytes_ * slots, alignment);
   table_.reset(
       static_cast<PageId*>(std::calloc(std::size_t{slots} * entries_per_slot(), sizeof(PageId))));
-  if (!table_) throw std::bad_alloc();
+  recycled_.reset(
+      static_cast<std::uint8_t*>(std::calloc(std::size_t{slots} * entries_per_slot(), 1)));
+  if (!table_ || !recycled_) throw std::bad_alloc();
   windows_.resize(slots);
   kept_.resize(slots);
   tops_.resize(slots);
@@ -106,7 +108,8 @@ void Region::for_difference(std::uint32_t slot, PageWindow in, PageWindow out, A
     for (std::uint32_t p = in.begin; p < in.end; ++p) {
       if (out.contains(p)) p = out.end;
       if (p >= in.end) break;
-      if (const PageId id = at(slot, run * pages_per_run_ + p); id != kNoPage) act(id);
+      const std::uint32_t index = run * pages_per_run_ + p;
+      if (const PageId id = at(slot, index); id != kNoPage) act(index, id);
     }
   }
 }
@@ -115,11 +118,13 @@ void Region::for_difference(std::uint32_t slot, PageWindow in, PageWindow out, A
 void Region::set_window(std::uint32_t slot, PageWindow window) {
   const PageWindow old = windows_[slot];
   if (old == window) return;
-  for_difference(slot, window, old, [&](PageId id) {
+  for_difference(slot, window, old, [&](std::uint32_t index, PageId id) {
+    set_recycled(slot, index, true);
     pool_->add_live(id);
     ++live_[slot];
   });
-  for_difference(slot, old, window, [&](PageId id) {
+  for_difference(slot, old, window, [&](std::uint32_t index, PageId id) {
+    set_recycled(slot, index, false);
     pool_->drop_live(id);
     --live_[slot];
   });
@@ -129,8 +134,8 @@ void Region::set_window(std::uint32_t slot, PageWindow window) {
 void Region::set_kept(std::uint32_t slot, PageWindow kept) {
   const PageWindow old = kept_[slot];
   if (old == kept) return;
-  for_difference(slot, kept, old, [&](PageId id) { pool_->add_kept(id); });
-  for_difference(slot, old, kept, [&](PageId id) { pool_->drop_kept(id); });
+  for_difference(slot, kept, old, [&](std::uint32_t, PageId id) { pool_->add_kept(id); });
+  for_difference(slot, old, kept, [&](std::uint32_t, PageId id) { pool_->drop_kept(id); });
   kept_[slot] = kept;
 }
 
@@ -147,6 +152,7 @@ void Region::store(std::uint32_t slot, std::uint32_t index, PageId page) {
   }
   const PageId old = entry;
   entry = page;
+  set_recycled(slot, index, false);
   if (old != kNoPage) {
     if (live) pool_->drop_live(old);
     pool_->drop_ref(old);

@@ -71,6 +71,11 @@ class Region {
   PageId at(std::uint32_t slot, std::uint32_t index) const noexcept {
     return table_[std::size_t{slot} * entries_per_slot() + index];
   }
+  // Whether the entry is in the window and was mapped already when it came into it: its page served
+  // another sequence before, and went over where it was.
+  bool recycled(std::uint32_t slot, std::uint32_t index) const noexcept {
+    return recycled_[std::size_t{slot} * entries_per_slot() + index] != 0;
+  }
   // Pages of a run at or above this index are not mapped in `slot`.
   std::uint32_t top(std::uint32_t slot) const noexcept { return tops_[slot]; }
   std::uint32_t mapped(std::uint32_t slot) const noexcept { return mapped_[slot]; }
@@ -99,11 +104,14 @@ class Region {
  private:
   friend class Remap;
   struct Free {
-    void operator()(PageId* table) const noexcept { std::free(table); }
+    void operator()(void* table) const noexcept { std::free(table); }
   };
-  // Calls act(page) for the mapped entries that are in window `in` and not in `out`.
+  // Calls act(index, page) for the mapped entries that are in window `in` and not in `out`.
   template <typename Act>
   void for_difference(std::uint32_t slot, PageWindow in, PageWindow out, Act act);
+  void set_recycled(std::uint32_t slot, std::uint32_t index, bool recycled) noexcept {
+    recycled_[std::size_t{slot} * entries_per_slot() + index] = recycled;
+  }
   // Stores `page` and moves the references; the window decides what is live.
   void store(std::uint32_t slot, std::uint32_t index, PageId page);
   void lower_top(std::uint32_t slot) noexcept;
@@ -115,7 +123,8 @@ class Region {
   std::uint32_t pages_per_run_;
   std::size_t slot_bytes_;
   std::shared_ptr<Reservation> reservation_;
-  std::unique_ptr<PageId[], Free> table_;  // zeroed by the kernel on first touch: sparse
+  std::unique_ptr<PageId[], Free> table_;           // zeroed by the kernel on first touch: sparse
+  std::unique_ptr<std::uint8_t[], Free> recycled_;  // as sparse
   std::vector<PageWindow> windows_;
   std::vector<PageWindow> kept_;
   std::vector<std::uint32_t> tops_;

@@ -59,6 +59,15 @@ struct SlotUsage {
 
 enum class PageState : std::uint8_t { kUnmapped, kLive, kShared, kCover, kStale, kKept };
 
+// A slot with anything mapped, its tokens spread over cells. Each has the state that most needs to
+// be seen of its pages, plus kRecycled if one of them is recycled.
+struct SlotCells {
+  std::uint32_t slot = 0;
+  std::size_t tokens = 0, kept = 0;
+  std::vector<std::uint8_t> cells;
+};
+inline constexpr std::uint8_t kRecycled = 0x80;
+
 // The lengths that a kept slot can be reopened at or forked from; {0, 0} if it keeps nothing.
 struct KeptRange {
   std::size_t lowest = 0, tokens = 0;
@@ -195,6 +204,10 @@ class SlotSpace final : public Reclaimer {
   std::vector<SlotUsage> usage(std::span<const std::int32_t> slots);
   // State of each page of a slot's stretch, runs x pages_per_run.
   std::vector<PageState> page_states(std::uint32_t slot, std::uint32_t region);
+  // For each of the same pages whether it is recycled; see Region.
+  std::vector<std::uint8_t> recycled(std::uint32_t slot, std::uint32_t region);
+  // Of all slots with anything mapped. Pre: cells > 0.
+  std::vector<SlotCells> overview(std::uint32_t cells);
   std::vector<PageId> page_ids(std::uint32_t slot, std::uint32_t region);
   void check();
 
@@ -307,6 +320,7 @@ class SlotSpace final : public Reclaimer {
   std::size_t tail_bytes(const Region& region, std::size_t tokens) const noexcept;
   std::uint32_t held_pages(const Region& region, std::size_t tokens) const noexcept;
   void copy(Address dst, Address src, std::size_t bytes, Stream stream);
+  PageState state_of(const Region& region, std::uint32_t slot, std::uint32_t index) const;
   SlotUsage usage_of(std::uint32_t slot) const;
   std::size_t tails_bytes(std::size_t tokens) const;
   void mark_shared(std::uint32_t slot);

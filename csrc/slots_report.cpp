@@ -16,6 +16,9 @@ enum Use : std::uint8_t {
   kUsedKept = 16
 };
 
+// By PageState: of the pages of a cell, the one with the largest number is seen.
+constexpr std::uint8_t kSeen[] = {0, 4, 5, 3, 1, 2};
+
 }  // namespace
 
 std::size_t SlotSpace::tokens(std::uint32_t slot) {
@@ -143,23 +146,56 @@ void SlotSpace::mark_own(std::uint32_t slot, std::size_t tokens, bool tails) {
   }
 }
 
+PageState SlotSpace::state_of(const Region& region, std::uint32_t slot, std::uint32_t index) const {
+  const PageId id = region.at(slot, index);
+  const std::uint32_t p = index % region.pages_per_run();
+  if (id == kNoPage) return PageState::kUnmapped;
+  if (!region.window(slot).contains(p)) {
+    return region.kept(slot).contains(p) ? PageState::kKept : PageState::kStale;
+  }
+  if (p >= held_pages(region, slots_[slot].tokens)) return PageState::kCover;
+  return pool_->live(id) > 1 ? PageState::kShared : PageState::kLive;
+}
+
 std::vector<PageState> SlotSpace::page_states(std::uint32_t slot, std::uint32_t region) {
   const DeviceLock lock = enter();
   const Region& r = regions_.at(region);
-  const Slot& s = slots_[checked_index(slot)];
-  const PageWindow window = r.window(slot);
-  const std::size_t live_end = held_pages(r, s.tokens);
-  std::vector<PageState> out(r.entries_per_slot(), PageState::kUnmapped);
-  for (std::uint32_t index = 0; index < out.size(); ++index) {
-    const PageId id = r.at(slot, index);
-    const std::uint32_t p = index % r.pages_per_run();
-    if (id == kNoPage) continue;
-    if (!window.contains(p)) {
-      out[index] = r.kept(slot).contains(p) ? PageState::kKept : PageState::kStale;
-    } else if (p >= live_end) {
-      out[index] = PageState::kCover;
-    } else {
-      out[index] = pool_->live(id) > 1 ? PageState::kShared : PageState::kLive;
+  checked_index(slot);
+  std::vector<PageState> out(r.entries_per_slot());
+  for (std::uint32_t index = 0; index < out.size(); ++index) out[index] = state_of(r, slot, index);
+  return out;
+}
+
+std::vector<std::uint8_t> SlotSpace::recycled(std::uint32_t slot, std::uint32_t region) {
+  const DeviceLock lock = enter();
+  const Region& r = regions_.at(region);
+  checked_index(slot);
+  std::vector<std::uint8_t> out(r.entries_per_slot());
+  for (std::uint32_t index = 0; index < out.size(); ++index) out[index] = r.recycled(slot, index);
+  return out;
+}
+
+std::vector<SlotCells> SlotSpace::overview(std::uint32_t cells) {
+  const DeviceLock lock = enter();
+  std::vector<SlotCells> out;
+  for (std::uint32_t slot = 0; slot < slots(); ++slot) {
+    if (std::all_of(regions_.begin(), regions_.end(),
+                    [&](const Region& region) { return region.mapped(slot) == 0; })) {
+      continue;
+    }
+    const Slot& s = slots_[slot];
+    out.push_back({slot, s.tokens, s.kept.tokens, std::vector<std::uint8_t>(cells)});
+    for (const Region& region : regions_) {
+      for (std::uint32_t run = 0; run < region.spec().runs; ++run) {
+        for (std::uint32_t p = 0; p < region.top(slot); ++p) {
+          const std::uint32_t index = run * region.pages_per_run() + p;
+          const auto state = static_cast<std::uint8_t>(state_of(region, slot, index));
+          std::uint8_t& cell = out.back().cells[std::size_t{p} * cells / region.pages_per_run()];
+          const std::uint8_t before = cell & ~kRecycled, flag = cell & kRecycled;
+          if (kSeen[state] > kSeen[before]) cell = state | flag;
+          if (region.recycled(slot, index)) cell |= kRecycled;
+        }
+      }
     }
   }
   return out;
@@ -200,6 +236,8 @@ void SlotSpace::check_slot(std::uint32_t slot) const {
       const std::uint32_t p = index % region.pages_per_run();
       const PageId id = region.at(slot, index);
       mapped += id != kNoPage;
+      require(!region.recycled(slot, index) || (id != kNoPage && window.contains(p)),
+              "a recycled page that is not in use");
       require(id == kNoPage || p < region.top(slot), "a page above the top");
       if (!window.contains(p)) continue;
       require(id != kNoPage, "a hole in a window");

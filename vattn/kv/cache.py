@@ -382,8 +382,25 @@ class KVCache(KeptSlots):
             pages = tuple(
                 space.page_states(index, region) for region in range(len(self.layout.regions))
             )
-            slots.append(SlotMap(index, is_open, tokens, pages, space.kept(index)[1]))
+            recycled = tuple(
+                space.recycled(index, region) for region in range(len(self.layout.regions))
+            )
+            slots.append(SlotMap(index, is_open, tokens, pages, space.kept(index)[1], recycled))
         return MemoryMap(self.pool.page_bytes, tuple(slots))
+
+    def overview(self, cells: int) -> list[tuple[int, int, int, bytes]]:
+        """The slots with anything mapped, each as index, tokens, tokens kept, and cells.
+
+        The stretch of a slot is spread over the cells. Of the pages of a cell, over all regions and
+        runs, it has the :class:`PageState` that most needs to be seen: shared, live, cover, kept,
+        stale, in this order; 0x80 is added if one of the pages is recycled, see :class:`SlotMap`.
+
+        Args:
+            cells: for each slot.
+        """
+        if not 0 < as_integer(cells) < 2**31:
+            raise ValueError(f"cells={cells} must be positive")
+        return self._slots.overview(int(cells))
 
     def check(self) -> None:
         """Verifies the invariants of the cache and its pool.

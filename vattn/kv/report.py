@@ -62,7 +62,10 @@ class CacheStats:
 class SlotMap:
     """Pages of one slot: per region an array ``[runs, pages_per_run]`` of :class:`PageState`.
 
-    ``tokens`` is the length of an open sequence, ``kept`` what a free slot remembers.
+    ``tokens`` is the length of an open sequence, ``kept`` what a free slot remembers. ``recycled``
+    has the same shapes as ``regions``: pages in use that were mapped already when they came into
+    use, because a sequence before had them, and that went over in place, without a call of the
+    driver. Empty if it is not known.
     """
 
     index: int
@@ -70,6 +73,7 @@ class SlotMap:
     tokens: int
     regions: tuple[npt.NDArray[np.uint8], ...]
     kept: int = 0
+    recycled: tuple[npt.NDArray[np.bool_], ...] = ()
 
 
 @dataclass(frozen=True)
