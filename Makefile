@@ -20,10 +20,13 @@ STAMP_VENV := $(VENV)/.stamp-venv
 STAMP_BASE := $(VENV)/.stamp-base
 STAMP_DEV := $(VENV)/.stamp-dev
 
+# Several files are compiled as one, which halves the time: most of it is for the headers that they
+# share. A wheel is compiled file by file.
 CONFIGURE = $(CMAKE) -S . -G Ninja -DVATTN_BUILD_TESTS=ON \
+	-DCMAKE_UNITY_BUILD=ON -DCMAKE_UNITY_BUILD_BATCH_SIZE=6 \
 	-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 
-.PHONY: help demo test dev lint format fake stress stress-allocator test-sanitize soak gpu-check bench bench-small report clean
+.PHONY: help demo test dev lint format fake stress stress-allocator test-sanitize soak load-test gpu-check bench bench-small report clean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,6 +38,7 @@ help:
 	@echo "make test-sanitize  the C++ stress tests under TSan and under ASan+UBSan (also: make stress)"
 	@echo "make stress-allocator  a million random operations of the allocator, in the plain build"
 	@echo "make soak           10,000 random requests with faults, cancellations and moving budgets"
+	@echo "make load-test      guidellm and aiperf against vattn serve; installs them under .venv-load"
 	@echo "make gpu-check      what a GPU can show in nine minutes; needs no network"
 	@echo "make bench          the benchmarks, tables and results/*.json"
 	@echo "make bench-small    every level of the comparison with paged memory, in three minutes"
@@ -79,6 +83,16 @@ stress-allocator: fake
 soak: fake
 	$(BIN)/python -m tests.soak
 
+# Their own environments: what they depend on is large, and of other versions than ours.
+LOAD_TOOLS := guidellm aiperf
+load-test: $(STAMP_BASE) $(LOAD_TOOLS:%=.venv-load/%/.stamp)
+	$(BIN)/python -m bench.load_test $(foreach tool,$(LOAD_TOOLS),--$(tool) .venv-load/$(tool)/bin/$(tool))
+
+.venv-load/%/.stamp:
+	$(PYTHON) -m venv .venv-load/$*
+	.venv-load/$*/bin/python -m pip --disable-pip-version-check install $*
+	touch $@
+
 # TSan needs its shadow ranges free, which kernels with much address randomization do not grant;
 # setarch -R switches it off, and where that is forbidden the test runs as it is.
 run-%: FIXED_ADDRESSES = $(shell setarch -R true 2>/dev/null && echo setarch -R)
@@ -94,8 +108,9 @@ build-tsan: SANITIZER := thread
 build-asan: SANITIZER := address
 build-tsan build-asan: build-%: $(STAMP_DEV)
 	$(CONFIGURE) -B build/$* -DVATTN_SANITIZE=$(SANITIZER) -DVATTN_WERROR=ON \
+		-DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" \
 		-DCMAKE_RUNTIME_OUTPUT_DIRECTORY=$(abspath build/$*/bin)
-	$(CMAKE) --build build/$* -j $(JOBS)
+	$(CMAKE) --build build/$* -j $(JOBS) --target vattn_stress vattn_allocator_stress
 
 # A GPU machine may have no network: with no .venv, an interpreter that has what is needed is used as
 # it is.

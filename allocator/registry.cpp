@@ -27,14 +27,14 @@ void require_device(int device) {
       " is not one of cuda:0 to cuda:" + std::to_string(Registry::kMaxDevices - 1));
 }
 
-std::atomic<Registry*> registry{nullptr};
+std::atomic<Registry*> made_here{nullptr};
 
 }  // namespace
 
 Registry::Registry() : pid_(::getpid()) {}
 
 Registry& Registry::of_process() {
-  Registry* current = registry.load(std::memory_order_acquire);
+  Registry* current = made_here.load(std::memory_order_acquire);
   // A child that was forked before any allocator was made may use CUDA, as PyTorch has it; but its
   // copy of the lock may be held for good by a thread that it does not have. One that was forked
   // later keeps what it finds, which tells so itself when it is used.
@@ -44,7 +44,7 @@ Registry& Registry::of_process() {
     fresh->options_ = current->options_;
     fresh->enabled_ = current->enabled();
   }
-  if (registry.compare_exchange_strong(current, fresh)) return *fresh;
+  if (made_here.compare_exchange_strong(current, fresh)) return *fresh;
   delete fresh;  // another thread was first
   return *current;
 }

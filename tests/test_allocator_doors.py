@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from tests.door_cases import CASES
 from tests.fake_cuda.fake import ROOT
-from tests.own_process import run_case
 from vattn import allocator
+
+if TYPE_CHECKING:
+    from tests.own_process import Template
+
+pytest_plugins = ("tests.own_process",)
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_door(case: str) -> None:
+def test_door(own_process: Template, case: str) -> None:
     """In a process of its own: torch's allocator is swapped once."""
-    run_case("tests.door_cases", case)
+    own_process.run_case("tests.door_cases", case)
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")

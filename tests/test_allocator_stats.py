@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -15,9 +15,13 @@ import torch
 import vattn
 from tests.door_cases import give, of_device, take
 from tests.fake_torch import FAKE, MIB, NATIVE_STATS, install
-from tests.own_process import run_case
 from vattn import allocator
 from vattn.allocator import torch_settings
+
+if TYPE_CHECKING:
+    from tests.own_process import Template
+
+pytest_plugins = ("tests.own_process",)
 
 ACCELERATOR = (
     "_accelerator_getDeviceStats",
@@ -245,5 +249,5 @@ CASES = (
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_statistics(case: str) -> None:
-    run_case("tests.test_allocator_stats", case)
+def test_statistics(own_process: Template, case: str) -> None:
+    own_process.run_case("tests.test_allocator_stats", case)
