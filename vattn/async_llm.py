@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import warnings
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from vattn.config import parse_bytes
 from vattn.engine.prompts import Prompt
+from vattn.engine_process.errors import EngineDeadError
 from vattn.engine_process.messages import BudgetReport, Facts, PageRows, Stats
+from vattn.engine_process.mirror import output_tokens
+from vattn.engine_process.owner import Owner
+from vattn.engine_process.settings import check_seconds, start_command
+from vattn.engine_process.supervisor import Supervisor
+from vattn.hf.model import load_tokenizer
 from vattn.outputs import RequestOutput
 from vattn.sampling_params import SamplingParams
 
@@ -81,7 +91,36 @@ class AsyncLLM:
         log_format: str = "text",
         **options: Any,
     ) -> None:
-        raise NotImplementedError
+        loading = {
+            "tokenizer": tokenizer,
+            "dtype": dtype,
+            "device": device,
+            "revision": revision,
+        }
+        start = start_command(
+            model,
+            options,
+            loading=loading,
+            llm_factory=llm_factory,
+            log_level=log_level,
+            log_format=log_format,
+        )
+        if not isinstance(restart, bool):
+            raise ValueError(f"restart={restart!r} must be True or False")
+        if engine_timeout_s is not None:
+            engine_timeout_s = check_seconds("engine_timeout_s", engine_timeout_s)
+        self._tokenizer_source = start.model if tokenizer is None else tokenizer
+        self._revision = revision
+        self._owner = Owner(
+            partial(
+                Supervisor,
+                start,
+                restart=restart,
+                engine_timeout_s=engine_timeout_s,
+                start_timeout_s=check_seconds("start_timeout_s", start_timeout_s),
+            )
+        )
+        self._engine = self._owner.engine
 
     async def start(self) -> None:
         """Starts the engine process and waits until it serves; again is nothing.
@@ -90,7 +129,14 @@ class AsyncLLM:
             ValueError: the model or the settings are at fault.
             EngineDeadError: the process died, or took too long.
         """
-        raise NotImplementedError
+        if self._owner.tokenizer is None:
+            # Before there is a process, which would have to be ended if there is no tokenizer.
+            self._owner.set_tokenizer(
+                await asyncio.to_thread(
+                    load_tokenizer, self._tokenizer_source, revision=self._revision
+                )
+            )
+        await self._engine.start()
 
     async def generate(
         self,
@@ -119,16 +165,25 @@ class AsyncLLM:
                 is in use.
             EngineDeadError: the engine process died, or is not up.
         """
-        raise NotImplementedError
-        yield
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        mirror = await self._owner.add(prompt, sampling_params, request_id, priority, timeout_s)
+        try:
+            while True:
+                output = await mirror.next_output()
+                yield output
+                if output.finished:
+                    return
+        finally:
+            self._owner.drop(mirror)
 
     async def abort(self, request_id: str | Sequence[str]) -> None:
         """Ends requests with what they have; unknown ids are left as they are."""
-        raise NotImplementedError
+        self._owner.abort([request_id] if isinstance(request_id, str) else request_id)
 
     async def close(self) -> None:
         """Aborts what runs and ends the engine process; twice is once. Leaves nothing behind."""
-        raise NotImplementedError
+        await self._owner.close()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -142,60 +197,94 @@ class AsyncLLM:
     @property
     def facts(self) -> Facts:
         """Of the model and the engine. Raises EngineDeadError before :meth:`start`."""
-        raise NotImplementedError
+        if self._engine.facts is None:
+            self._engine.check_ready()
+        assert self._engine.facts is not None
+        return self._engine.facts
 
     @property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, a transformers one."""
-        raise NotImplementedError
+        """The model's, of transformers. Raises EngineDeadError before :meth:`start`."""
+        if self._owner.tokenizer is None:
+            self._engine.check_ready()
+        return self._owner.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What the model's own generation config asks for."""
-        raise NotImplementedError
+        """What the model's own generation config asks for.
+
+        Raises:
+            EngineDeadError: before :meth:`start`.
+
+        Warns:
+            UserWarning: it asks for something that SamplingParams has not; it is left out.
+        """
+        facts = self.facts
+        if facts.generation_ignored:
+            warnings.warn(
+                f"the model's generation config asks for {', '.join(facts.generation_ignored)}, "
+                "which is not served and left out; give sampling_params to choose for yourself",
+                stacklevel=2,
+            )
+        return SamplingParams(**facts.generation_defaults)
 
     # How it is ------------------------------------------------------------------------------------
 
     @property
     def is_ready(self) -> bool:
         """Whether requests are served now."""
-        raise NotImplementedError
+        return self._engine.is_ready
 
     @property
     def restarts(self) -> int:
         """How often an engine process was replaced by another."""
-        raise NotImplementedError
+        return self._engine.restarts
 
     @property
     def engine_pid(self) -> int | None:
-        """The engine process."""
-        raise NotImplementedError
+        """The engine process; None while there is none."""
+        child = self._engine.child
+        return None if child is None else child.process.pid
 
     @property
     def last_error(self) -> EngineDeadError | None:
         """Why the engine is not up, or why the one before it died."""
-        raise NotImplementedError
+        return self._engine.last_error
 
     def check_health(self) -> None:
         """Raises EngineDeadError unless requests are served now."""
-        raise NotImplementedError
+        self._engine.check_ready()
 
     async def wait_for_failure(self) -> EngineDeadError:
         """Returns when the engine is dead for good: restarts are off, or fail one after another."""
-        raise NotImplementedError
+        return await self._engine.wait_for_failure()
 
     def stats(self) -> Stats | None:
         """The latest figures, at most a second old while the engine is up; None before them."""
-        raise NotImplementedError
+        return self._owner.stats
 
     def live_requests(self) -> list[LiveRequest]:
         """All unfinished prompts, in the order of their arrival."""
-        raise NotImplementedError
+        return [
+            LiveRequest(
+                request_id=mirror.request_id,
+                prompt_tokens=len(mirror.prompt_ids),
+                max_tokens=mirror.max_tokens,
+                samples=len(mirror.samples),
+                output_tokens=output_tokens(mirror.samples),
+                cached_tokens=mirror.samples[0].cached,
+                arrival_s=mirror.samples[0].timings.arrival_s,
+                first_token_s=mirror.samples[0].timings.first_token_s,
+                handle=mirror.handle,
+            )
+            for mirror in self._owner.mirrors.values()
+            if not mirror.is_finished
+        ]
 
     # Orders ---------------------------------------------------------------------------------------
 
     async def memory_map(self, max_cells: int = 256) -> PageRows:
         """The virtual address space at this moment, at most so many cells for each slot."""
-        raise NotImplementedError
+        return await self._owner.ask("memory_map", max_cells, PageRows)
 
     async def set_budget(self, budget_bytes: int | str) -> BudgetReport:
         """Moves the KV cache's budget; memory beyond it goes back to the device.
@@ -203,11 +292,12 @@ class AsyncLLM:
         Raises:
             ValueError: no size.
         """
-        raise NotImplementedError
+        budget = parse_bytes(budget_bytes, "budget_bytes")
+        return await self._owner.ask("set_budget", budget, BudgetReport)
 
     async def reset_prefix_cache(self) -> None:
         """Forgets the K and V of finished requests."""
-        raise NotImplementedError
+        await self._owner.ask("reset_prefix_cache", None, object)
 
     async def check(self) -> None:
         """Verifies the engine's and the pool's invariants.
@@ -215,4 +305,5 @@ class AsyncLLM:
         Raises:
             RuntimeError: what is broken.
         """
-        raise NotImplementedError
+        self._owner.check()
+        await self._owner.ask("check", None, object)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from vattn.engine import beam_search
-from vattn.engine.config import EngineConfig
+from vattn.engine.config import EngineConfig, known_options
 from vattn.engine.engine import Engine
 from vattn.engine.prompts import Prompt, as_prompts, check_timeout, one_each, parse_prompt
 from vattn.engine.setup import virtual_storage
@@ -98,7 +97,7 @@ class LLM:
         storage: MakeStorage = virtual_storage,
         **options: Any,
     ) -> None:
-        config = EngineConfig(**_known(options))
+        config = EngineConfig(**known_options(options, "LLM()"))
         if pool is not None and config.gpu_memory_utilization is not None:
             raise ValueError(
                 f"gpu_memory_utilization={config.gpu_memory_utilization} sets the budget of a pool "
@@ -546,16 +545,6 @@ class LLM:
         return self.engine.outputs.request_output(
             asked.id, asked.prompt, asked.token_ids, asked.samples, kind, asked.error
         )
-
-
-def _known(options: dict[str, Any]) -> dict[str, Any]:
-    known = [field.name for field in fields(EngineConfig)]
-    for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise TypeError(f"LLM() has no option {name!r}{hint}")
-    return options
 
 
 def _has_news(sample: Request, told: Mapping[Request, int]) -> bool:

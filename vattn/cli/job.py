@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,6 +19,12 @@ from vattn.cli.decoding import named, with_option_names
 from vattn.cli.generate import Request, beam_params
 from vattn.cli.run import Run, sampling_params
 from vattn.cli.session import Session
+from vattn.engine.defaults import (
+    EMBEDDED_MODEL_LEN,
+    MAX_DEFAULT_RESERVE_TOKENS,
+    default_page_bytes,
+    few_threads,
+)
 from vattn.engine.grammars import GrammarCompiler
 from vattn.engine.setup import AHEAD_BYTES
 from vattn.engine.token_sets import bad_words_ids
@@ -27,14 +32,6 @@ from vattn.hf.checks import longest_sequence
 from vattn.hf.model import LoadedModel
 from vattn.llm import LLM
 from vattn.sampling_params import SamplingParams
-
-# The embedded model has seen 512 tokens at once, and its tokens are so small (128 bytes per head)
-# that the driver's default page would hold more than a whole prompt.
-EMBEDDED_MODEL_LEN = 512
-EMBEDDED_PAGE_BYTES = 4096
-TINY_PARAMETERS = 10_000_000
-# Addresses cost nothing, but a model made for millions of tokens would exceed what kernels address.
-MAX_DEFAULT_RESERVE_TOKENS = 131_072
 
 
 def run(request: Request) -> None:
@@ -192,9 +189,7 @@ def open_pool(request: Request, device: torch.device, is_embedded: bool) -> vatt
         BadInput: a size that the device does not have.
         CliError: the driver does not work.
     """
-    page_bytes = request.page_bytes
-    if is_embedded and device.type == "cpu":
-        page_bytes = page_bytes or EMBEDDED_PAGE_BYTES
+    page_bytes = request.page_bytes or default_page_bytes(device, embedded=is_embedded)
     try:
         return vattn.PagePool(
             device,
@@ -247,25 +242,6 @@ def open_engine(
         raise CliError(f"out of pages: {one_line(error)}; raise --budget") from error
     except vattn.DriverError as error:
         raise CliError(f"the driver failed: {one_line(error)}; see vattn doctor") from error
-
-
-@contextmanager
-def few_threads(model: Any) -> Iterator[None]:
-    """One thread for a tiny model on a CPU, unless OMP_NUM_THREADS says otherwise.
-
-    Handing out its small products costs more than doing them: on two busy cores the embedded model
-    wrote 23 tokens/s with two threads and 285 with one.
-    """
-    is_tiny = model.num_parameters() < TINY_PARAMETERS
-    if model.device.type != "cpu" or not is_tiny or "OMP_NUM_THREADS" in os.environ:
-        yield
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def print_shorter(console: Console, request: Request, tokens: int, limit: int) -> None:

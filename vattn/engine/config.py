@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from vattn.config import parse_bytes, positive_int
@@ -208,6 +209,21 @@ class EngineConfig:
         if self.max_num_batched_tokens is not None:
             return self.max_num_batched_tokens
         return max(DEFAULT_MAX_NUM_BATCHED_TOKENS, self.max_num_seqs)
+
+
+def known_options(options: dict[str, Any], caller: str) -> dict[str, Any]:
+    """The options, all of which are names of an :class:`EngineConfig`.
+
+    Raises:
+        TypeError: one of them is not.
+    """
+    known = [field.name for field in fields(EngineConfig)]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise TypeError(f"{caller} has no option {name!r}{hint}")
+    return options
 
 
 def _is_number(value: object) -> bool:

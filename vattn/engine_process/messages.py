@@ -1,8 +1,8 @@
 """What an engine process and its owner say to each other, as msgpack over two sockets.
 
-The owner sends *commands*; the first one is :class:`Start`. The engine sends *news*; the first one is
-:class:`Ready` or :class:`StartFailed`, and after each step that told somebody something there is one
-:class:`Steps`. Handles are the owner's numbers for prompts, and never used twice for one engine
+The owner sends *commands*; the first one is :class:`Start`. The engine sends *news*; the first one
+is :class:`Ready` or :class:`StartFailed`, and after each step that told somebody something there is
+one :class:`Steps`. Handles are the owner's numbers for prompts, and never used twice for one engine
 process.
 
 Structures are arrays on the wire, each behind its tag, so both sides must be of one version:
@@ -29,7 +29,7 @@ class Message(msgspec.Struct, array_like=True, tag=True, frozen=True, gc=False):
 # Commands -----------------------------------------------------------------------------------------
 
 
-class Start(Message):
+class Start(Message, frozen=True):
     """What the engine is to be made of.
 
     Args:
@@ -51,7 +51,7 @@ class Start(Message):
     log_format: str = "text"
 
 
-class Add(Message):
+class Add(Message, frozen=True):
     """A prompt and its ``n`` samples.
 
     ``params`` are the fields of SamplingParams that are not at their defaults; see
@@ -67,13 +67,13 @@ class Add(Message):
     timeout_s: float | None = None
 
 
-class Abort(Message):
+class Abort(Message, frozen=True):
     """The end of prompts. Unknown and finished ones are left as they are; the end is told."""
 
     handles: list[int]
 
 
-class Ask(Message):
+class Ask(Message, frozen=True):
     """A question or an order; :class:`Answer` or :class:`Trouble` with the same ``number`` follows.
 
     ``what``: ``"set_budget"`` (argument: bytes; answer: :class:`BudgetReport`), ``"memory_map"``
@@ -87,7 +87,7 @@ class Ask(Message):
     argument: Any = None
 
 
-class Stop(Message):
+class Stop(Message, frozen=True):
     """Ends the engine process; what runs is aborted."""
 
 
@@ -96,7 +96,7 @@ Command: TypeAlias = Start | Add | Abort | Ask | Stop
 # News ---------------------------------------------------------------------------------------------
 
 
-class Facts(Message):
+class Facts(Message, frozen=True):
     """What callers need to know of the model and the engine; it does not change."""
 
     model: str
@@ -119,13 +119,13 @@ class Facts(Message):
     attention_backend: str
 
 
-class Ready(Message):
+class Ready(Message, frozen=True):
     """The engine serves."""
 
     facts: Facts
 
 
-class StartFailed(Message):
+class StartFailed(Message, frozen=True):
     """It could not be made, and the process ends.
 
     ``is_input``: the settings or the model are at fault; another try would fail as well.
@@ -135,7 +135,7 @@ class StartFailed(Message):
     is_input: bool
 
 
-class Progress(Message):
+class Progress(Message, frozen=True):
     """What is new of one sample.
 
     Args:
@@ -157,7 +157,7 @@ class Progress(Message):
     end: End | None = None
 
 
-class End(Message):
+class End(Message, frozen=True):
     """How a sample ended. ``timings`` are in seconds of the machine's monotonic clock."""
 
     finish_reason: str
@@ -168,14 +168,14 @@ class End(Message):
     preemptions: int = 0
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """The prompt cannot be served: its tokens or parameters are at fault, and the text says how."""
 
     handle: int
     error: str
 
 
-class Stats(Message):
+class Stats(Message, frozen=True):
     """Figures of this moment.
 
     Args:
@@ -200,14 +200,14 @@ class Stats(Message):
     requests: list[tuple[int, int, int, int]] = []
 
 
-class Steps(Message):
+class Steps(Message, frozen=True):
     """News of a step: of samples that went on or ended. ``stats`` about four times a second."""
 
     progress: list[Progress]
     stats: Stats | None = None
 
 
-class Row(Message):
+class Row(Message, frozen=True):
     """One slot of the memory map.
 
     ``pages`` has one byte for each cell, a :class:`vattn.kv.report.PageState`, with
@@ -223,7 +223,7 @@ class Row(Message):
     pages: bytes
 
 
-class PageRows(Message):
+class PageRows(Message, frozen=True):
     """The virtual address space: slots with anything mapped, each row over the slot's tokens.
 
     A cell stands for ``pages_per_cell`` pages of each run of a region, and shows the state that
@@ -240,7 +240,7 @@ class PageRows(Message):
 RECYCLED = 0x80
 
 
-class BudgetReport(Message):
+class BudgetReport(Message, frozen=True):
     """What moving the budget did, in bytes. ``returned`` went back to the device."""
 
     budget_before: int
@@ -250,14 +250,14 @@ class BudgetReport(Message):
     returned: int
 
 
-class Answer(Message):
+class Answer(Message, frozen=True):
     """To the question with this number."""
 
     number: int
     value: Any = None
 
 
-class Trouble(Message):
+class Trouble(Message, frozen=True):
     """The question with this number could not be answered."""
 
     number: int
