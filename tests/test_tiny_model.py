@@ -69,6 +69,14 @@ def test_tokenizer_pads_on_the_left(tokenizer: Any) -> None:
     assert batch["attention_mask"][0].tolist() == sorted(batch["attention_mask"][0].tolist())
 
 
+def test_a_chat_is_its_paragraphs(tokenizer: Any) -> None:
+    chat = [{"role": "system", "content": "One."}, {"role": "user", "content": "Two"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert text == "<s>One.\n\nTwo\n\n"
+    text = tokenizer.apply_chat_template(chat, tokenize=False, continue_final_message=True)
+    assert text == "<s>One.\n\nTwo"
+
+
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_greedy_text_is_english(model: Any, tokenizer: Any, prompt: str) -> None:
     out = model.generate(
