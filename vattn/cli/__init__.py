@@ -1,4 +1,4 @@
-"""The command line: ``vattn generate``, ``vattn doctor`` and ``vattn top``.
+"""The command line: ``vattn generate``, ``vattn serve``, ``vattn doctor`` and ``vattn top``.
 
 Generated text goes to stdout; figures, maps, progress and errors go to stderr, so that pipes work.
 Exit codes: 0, 1 for a failure such as memory that ran out, 2 for bad input, 130 after Ctrl-C.
@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 import vattn
-from vattn.cli import doctor, generate, top
+from vattn.cli import doctor, generate, serve, top
 from vattn.cli.console import CliError, fail
 
 __all__ = ["app"]
@@ -72,5 +72,6 @@ def main(
 
 
 app.command()(generate.generate)
+app.command()(serve.serve)
 app.command()(doctor.doctor)
 app.command()(top.top)

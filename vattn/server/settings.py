@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
+
+from vattn.logs import FORMATS, LEVELS
+
+_CHOICES = {
+    "log_level": LEVELS,
+    "log_format": FORMATS,
+    "tool_call_parser": ("hermes", "llama3_json"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +22,7 @@ class ServerSettings:
     Args:
         host: address to listen on.
         port: 0 for a free one.
-        api_keys: any of them lets a client in, as ``Authorization: Bearer KEY``; none for everybody.
+        api_keys: any of them lets a client in, as ``Authorization: Bearer KEY``; none: all may.
         admin_keys: for ``/admin/*``; none for ``api_keys``, and nobody if there are none.
         served_model_names: by which clients may name the model; responses have the first.
         chat_template: the text of a Jinja template instead of the tokenizer's.
@@ -32,6 +42,9 @@ class ServerSettings:
         ssl_keyfile: with ``ssl_certfile``: serve HTTPS.
         ssl_certfile: see there.
         page: serve the live page at ``/``.
+
+    Raises:
+        ValueError: a value out of range, or two that do not go together.
     """
 
     host: str = "127.0.0.1"
@@ -55,3 +68,43 @@ class ServerSettings:
     ssl_keyfile: str | None = None
     ssl_certfile: str | None = None
     page: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"port={self.port} must be 0 to 65535")
+        if not self.served_model_names or not all(self.served_model_names):
+            raise ValueError(f"served_model_names={self.served_model_names!r} must have names")
+        for kind in ("api_keys", "admin_keys"):
+            if not all(key.strip() == key != "" for key in getattr(self, kind)):
+                raise ValueError(f"{kind} has a key that is empty or begins or ends with a space")
+        self._check_limits()
+        self._check_choices()
+
+    def _check_limits(self) -> None:
+        if self.max_queued_requests < 0:
+            raise ValueError(f"max_queued_requests={self.max_queued_requests} must be 0 or more")
+        if self.max_logprobs < -1:
+            raise ValueError(f"max_logprobs={self.max_logprobs} must be -1, for all, or more")
+        for name in ("max_queued_tokens", "max_body_bytes", "body_timeout_s", "request_timeout_s"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be above 0")
+        if not 0 <= self.drain_timeout_s < math.inf:
+            raise ValueError(f"drain_timeout_s={self.drain_timeout_s} must be 0 or more")
+
+    def _check_choices(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
+        if self.enable_auto_tool_choice and self.tool_call_parser is None:
+            parsers = ", ".join(_CHOICES["tool_call_parser"])
+            raise ValueError(f"enable_auto_tool_choice needs a tool_call_parser: {parsers}")
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise ValueError("give both ssl_keyfile and ssl_certfile, or neither")
+        for origin in self.allowed_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(
+                    f"allowed_origins={origin!r} must be * or as a browser sends it, such as "
+                    "https://example.org"
+                )

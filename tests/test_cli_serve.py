@@ -1,0 +1,97 @@
+"""`vattn serve` as people run it: in a process of its own, ended by a signal."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.cli_helpers import Cli, assert_refused, start
+
+pytest_plugins = ("tests.cli_fixtures",)
+PATIENCE_S = 120
+
+
+@pytest.fixture
+def serving() -> Iterator[subprocess.Popen[str]]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "VATTN_LOG_LEVEL": "warning"}
+    process = start("serve", "--port", "0", "--max-num-seqs", "4", env=environment)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_it_serves_drains_and_ends(serving: subprocess.Popen[str]) -> None:
+    """The printed line works, a running stream ends well after SIGTERM, nothing is left."""
+    assert serving.stdout is not None
+    page = serving.stdout.readline()
+    line = serving.stdout.readline().partition("curl ")[2]
+    url = line.split()[0].removesuffix("/v1/completions")
+    assert f"{url}/" in page
+    done = subprocess.run(
+        ["curl", "-s", *shlex.split(line)], capture_output=True, text=True, check=True
+    )
+    assert '"text":"' in done.stdout
+    children = Path(f"/proc/{serving.pid}/task/{serving.pid}/children").read_text().split()
+    assert children
+    body = {"prompt": "A transaction", "max_tokens": 300, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE_S) as stream:
+        parts = stream.iter_text()
+        text = next(parts)
+        serving.send_signal(signal.SIGTERM)
+        text += "".join(parts)
+    assert text.rstrip().endswith("data: [DONE]")
+    assert '"finish_reason":"length"' in text
+    assert serving.wait(PATIENCE_S) == 0
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--port", "x"], "not a whole number"),
+        (["--port", "70000"], "--port"),
+        (["--page-bytes", "much"], "--page-bytes"),
+        (["--max-num-seqs", "0"], "--max-num-seqs"),
+        (["--tool-call-parser", "none"], "--tool-call-parser"),
+        (["--enable-auto-tool-choice"], "tool_call_parser"),
+        (["--ssl-keyfile", "x"], "ssl_certfile"),
+        (["--allowed-origins", "nobody"], "--allowed-origins"),
+        (["--chat-template", "/nothing"], "--chat-template"),
+        (["--nothing"], "--nothing"),
+    ],
+)
+def test_bad_flags(cli: Cli, flags: list[str], part: str) -> None:
+    assert_refused(cli("serve", *flags), part)
+
+
+def test_environment_and_file(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flag goes before the environment, and that before the file."""
+    config = tmp_path / "serve.yaml"
+    config.write_text("port: 70001\nallowed-origins: [a]\n")
+    assert_refused(cli("serve", "--config", config), "--port 70001")
+    monkeypatch.setenv("VATTN_PORT", "70002")
+    assert_refused(cli("serve", "--config", config), "--port 70002")
+    assert_refused(cli("serve", "--config", config, "--port", "70003"), "--port 70003")
+    monkeypatch.setenv("VATTN_PORT", "tcp://10.0.0.1:80")
+    assert_refused(cli("serve"), "Kubernetes")
+
+
+@pytest.mark.parametrize("text", ["nothing: 1", "[", "- a", "port: true", "enforce-eager: 1"])
+def test_bad_files(cli: Cli, tmp_path: Path, text: str) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text(text)
+    assert_refused(cli("serve", "--config", config), str(config))
+
+
+def test_a_taken_port_fails_before_loading(cli: Cli) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = cli("serve", "--port", taken.getsockname()[1], "--log-level", "error")
+    assert result.exit_code != 0

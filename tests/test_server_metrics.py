@@ -1,0 +1,280 @@
+"""`/metrics`: names and buckets of vLLM's, counts that are exact, and new engine processes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as parse_openmetrics,
+)
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from tests.server_figures import FACTS, FakeLLM, output, stats
+from vattn.async_llm import AsyncLLM
+from vattn.outputs import Timings
+from vattn.sampling_params import RequestOutputKind, SamplingParams
+from vattn.server.histograms import CountedHistogram, token_buckets
+from vattn.server.metrics import ServerMetrics
+from vattn.server.recent import WINDOW_S, Recent
+from vattn.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from tests.server_fixtures import RunningServer
+
+pytest_plugins = ["tests.server_fixtures"]
+
+DOCS = Path(__file__).parents[1] / "docs" / "serving.md"
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def metrics_of(llm: FakeLLM) -> ServerMetrics:
+    return ServerMetrics(cast(AsyncLLM, llm), ServerSettings())
+
+
+def value(metrics: ServerMetrics, name: str, **labels: str) -> float:
+    """A sample by its name without the prefix, of the one engine."""
+    common = {"model_name": "embedded", "engine": "0"}
+    found = metrics.ready_registry().get_sample_value(f"vattn:{name}", common | labels)
+    assert found is not None, name
+    return found
+
+
+def parsed(text: str) -> Samples:
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in parse_text(text)
+        for sample in family.samples
+    }
+
+
+def scrape(server: RunningServer) -> Samples:
+    with server.http_client() as client:
+        response = client.get("/metrics")
+    assert response.status_code == 200
+    return parsed(response.text)
+
+
+# One request --------------------------------------------------------------------------------------
+
+
+def test_streamed_request_is_counted_once() -> None:
+    metrics = metrics_of(FakeLLM())
+    record = metrics.begin(SamplingParams(max_tokens=5, output_kind=RequestOutputKind.DELTA))
+    record.output(output({0: [1]}, cached=3))
+    record.output(output({0: [2, 3]}, cached=3))
+    timings = Timings(1.0, 1.5, 2.5, 5.5, 5.5)
+    record.output(output({0: [4]}, cached=3, reason="length", timings=timings))
+    record.end()
+    record.end("error")
+
+    assert value(metrics, "prompt_tokens_total") == 8
+    assert value(metrics, "prompt_tokens_cached_total") == 3
+    assert value(metrics, "generation_tokens_total") == 4
+    assert value(metrics, "request_success_total", finished_reason="length") == 1
+    assert value(metrics, "request_success_total", finished_reason="error") == 0
+    assert value(metrics, "time_to_first_token_seconds_count") == 1
+    assert value(metrics, "inter_token_latency_seconds_count") == 3
+    assert value(metrics, "e2e_request_latency_seconds_count") == 1
+    assert value(metrics, "request_prompt_tokens_sum") == 8
+    assert value(metrics, "request_prefill_kv_computed_tokens_sum") == 5
+    assert value(metrics, "request_generation_tokens_sum") == 4
+    assert value(metrics, "request_params_max_tokens_sum") == 5
+    assert value(metrics, "request_queue_time_seconds_sum") == 0.5
+    assert value(metrics, "request_prefill_time_seconds_sum") == 1.0
+    assert value(metrics, "request_decode_time_seconds_sum") == 3.0
+    assert value(metrics, "request_inference_time_seconds_sum") == 4.0
+    assert value(metrics, "request_time_per_output_token_seconds_sum") == 1.0
+
+
+@pytest.mark.parametrize("kind", list(RequestOutputKind))
+def test_every_kind_of_output_has_the_same_counts(kind: RequestOutputKind) -> None:
+    metrics = metrics_of(FakeLLM())
+    record = metrics.begin(SamplingParams(n=2, output_kind=kind))
+    tokens: dict[int, list[int]] = {0: [], 1: []}
+    for sample, token in ((0, 5), (1, 6), (0, 7), (0, 8)):
+        tokens[sample].append(token)
+        if kind is RequestOutputKind.DELTA:
+            record.output(output({sample: [token]}))
+        elif kind is RequestOutputKind.CUMULATIVE:
+            record.output(output({sample: list(ids) for sample, ids in tokens.items()}))
+    last = output(
+        {0: [], 1: []} if kind is RequestOutputKind.DELTA else tokens,
+        reason="stop",
+        timings=Timings(1.0, 2.0, 3.0, 5.0, 5.0),
+    )
+    record.output(last)
+    record.end()
+
+    assert value(metrics, "generation_tokens_total") == 4
+    assert value(metrics, "prompt_tokens_total") == 8
+    assert value(metrics, "request_success_total", finished_reason="stop") == 1
+    assert value(metrics, "time_to_first_token_seconds_count") == 1
+    assert value(metrics, "inter_token_latency_seconds_count") == 2
+    assert value(metrics, "request_max_num_generation_tokens_sum") == 3
+    assert value(metrics, "request_params_n_sum") == 2
+
+
+def test_ends_that_outputs_do_not_tell() -> None:
+    metrics = metrics_of(FakeLLM())
+    for reason in ("error", None):
+        record = metrics.begin(SamplingParams())
+        record.end(reason)
+    refused = metrics.begin(SamplingParams())
+    refused.drop()
+    refused.end()
+    assert value(metrics, "request_success_total", finished_reason="error") == 1
+    assert value(metrics, "request_success_total", finished_reason="abort") == 1
+    # Without a token there is no latency to tell.
+    assert value(metrics, "e2e_request_latency_seconds_count") == 0
+
+
+# The engine ---------------------------------------------------------------------------------------
+
+
+def test_counters_survive_a_restart_of_the_engine() -> None:
+    llm = FakeLLM(stats(10, tokens=40, maps=5, adopted=3))
+    metrics = metrics_of(llm)
+    assert value(metrics, "num_preemptions_total") == 10
+    assert value(metrics, "driver_calls_total", call="map") == 5
+    assert value(metrics, "iteration_tokens_total_count") == 10
+    assert value(metrics, "iteration_tokens_total_sum") == 40
+
+    llm.latest, llm.is_ready = None, False
+    assert value(metrics, "engine_up") == 0
+    assert value(metrics, "num_requests_running") == 0
+    assert value(metrics, "num_preemptions_total") == 10
+
+    # More steps than before it: only the number of restarts tells that it is another process.
+    llm.latest, llm.is_ready, llm.restarts = stats(12, tokens=13, maps=2), True, 1
+    assert value(metrics, "num_preemptions_total") == 22
+    assert value(metrics, "driver_calls_total", call="map") == 7
+    assert value(metrics, "driver_calls_total", call="unmap") == 2
+    assert value(metrics, "driver_seconds_total", call="map") == pytest.approx(7e-3)
+    assert value(metrics, "spec_decode_num_accepted_tokens_per_pos_total", position="0") == 22
+    assert value(metrics, "remaps_avoided_total") == 3
+    assert value(metrics, "iteration_tokens_total_sum") == 53
+    assert value(metrics, "engine_restarts_total") == 1
+    llm.latest = stats(13, maps=2)
+    assert value(metrics, "num_preemptions_total") == 23
+
+
+def test_pages_are_in_one_state_each() -> None:
+    metrics = metrics_of(FakeLLM(stats(1)))
+    pages = {
+        "live": 3, "shared": 1, "cover": 1, "kept": 2, "stale": 1, "scratch": 0, "pooled": 5,
+    }  # fmt: skip
+    for state, count in pages.items():
+        assert value(metrics, "pages", state=state) == count
+        assert value(metrics, "page_memory_bytes", state=state) == count * FACTS.page_bytes
+    assert value(metrics, "created_bytes") == sum(pages.values()) * FACTS.page_bytes
+    assert value(metrics, "bytes_returned_total") == FACTS.page_bytes
+    assert value(metrics, "kv_cache_usage_perc") == 5 * FACTS.page_bytes / (1 << 20)
+
+
+# Histograms and the last minute -------------------------------------------------------------------
+
+
+def test_buckets() -> None:
+    assert token_buckets(64) == (1, 2, 5, 10, 20, 50)
+    histogram = CountedHistogram("h", "", (1.0, 2.0), {"a": "b"})
+    histogram.observe(1.0, 3)
+    histogram.observe(2.5)
+    (family,) = histogram.collect()
+    found = {(s.name, s.labels.get("le")): s.value for s in family.samples}
+    assert found == {
+        ("h_bucket", "1.0"): 3, ("h_bucket", "2.0"): 3, ("h_bucket", "+Inf"): 4,
+        ("h_count", None): 4, ("h_sum", None): 5.5,
+    }  # fmt: skip
+
+
+def test_recent_percentiles_and_their_end() -> None:
+    recent = Recent()
+    for ms in range(1, 101):
+        recent.add(1000.5, ms / 1000)
+    recent.add(1010.0, 10.0, 900)
+    found = recent.summary(1011.0)
+    assert found["count"] == 1000
+    assert found["p50"] == pytest.approx(10.0, rel=0.04)
+    found = recent.summary(1011.0 + WINDOW_S - 5)
+    assert found["count"] == 900
+    assert recent.summary(1011.0 + WINDOW_S) == {"count": 0, "p50": None, "p90": None, "p99": None}
+    for ms in range(1, 101):
+        recent.add(2000.0, ms / 1000)
+    found = recent.summary(2000.0)
+    assert found["p50"] == pytest.approx(0.050, rel=0.04)
+    assert found["p90"] == pytest.approx(0.090, rel=0.04)
+
+
+# HTTP ---------------------------------------------------------------------------------------------
+
+
+def test_labels_cannot_be_made_up() -> None:
+    metrics = metrics_of(FakeLLM())
+    metrics.http("BREW", None, 404, 0.1)
+    metrics.http("GET", "/v1/models/{model}", 200, 0.1)
+    metrics.rejected("queue")
+    read = metrics.registry.get_sample_value
+    labels = {"method": "other", "handler": "none", "status": "404"}
+    assert read("vattn:http_requests_total", labels) == 1
+    assert read("vattn:requests_rejected_total", {"reason": "queue"}) == 1
+
+
+def test_known_requests_on_a_server(server: RunningServer) -> None:
+    before = scrape(server)
+    with server.client() as client:
+        for stream in (False, True):
+            made = client.completions.create(
+                model="embedded", prompt=[5, 6, 7, 8], max_tokens=6, stream=stream, n=2,
+                extra_body={"ignore_eos": True},
+            )  # fmt: skip
+            for _ in made if stream else ():
+                pass
+    server.wait_idle()
+    after = scrape(server)
+
+    def grown(name: str, **labels: str) -> float:
+        key = (
+            f"vattn:{name}",
+            frozenset({"model_name": "embedded", "engine": "0", **labels}.items()),
+        )
+        return after[key] - before[key]
+
+    assert grown("prompt_tokens_total") == 8
+    assert grown("generation_tokens_total") == 24
+    assert grown("request_success_total", finished_reason="length") == 2
+    assert grown("inter_token_latency_seconds_count") == 20
+    for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time"):
+        assert grown(f"{name}_seconds_count") == 2
+    assert grown("request_params_n_sum") == 4
+    assert grown("engine_steps_total") >= 6
+    assert grown("iteration_tokens_total_count") == grown("engine_steps_total")
+    labels = {"method": "POST", "handler": "/v1/completions", "status": "200"}
+    key = ("vattn:http_requests_total", frozenset(labels.items()))
+    assert after[key] - before.get(key, 0) == 2
+
+
+def test_every_documented_name_is_there(server: RunningServer) -> None:
+    with server.http_client() as client:
+        text = client.get("/metrics").text
+    names = {family.name for family in parse_text(text)}
+    documented = set(re.findall(r"`vattn:(\w+)", DOCS.read_text()))
+    assert len(documented) > 40
+    # The parser takes the _total off counters, and what nobody was refused yet has no sample.
+    shown = {re.sub("_total$", "", name.removeprefix("vattn:")) for name in names}
+    assert {re.sub("_total$", "", name) for name in documented} <= shown
+    told = {name for name in shown if not name.endswith("_created")} - {"process"}
+    assert {n for n in told if not n.startswith("process_")} <= {
+        re.sub("_total$", "", name) for name in documented
+    }
+
+
+def test_openmetrics_for_who_accepts_it(server: RunningServer) -> None:
+    accept = "application/openmetrics-text; version=1.0.0"
+    with server.http_client() as client:
+        response: Any = client.get("/metrics", headers={"Accept": accept})
+    assert response.headers["content-type"].startswith("application/openmetrics-text")
+    families = parse_openmetrics(response.text)  # type: ignore[no-untyped-call]
+    assert {family.name for family in families} >= {"vattn:prompt_tokens"}
