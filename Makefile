@@ -26,11 +26,12 @@ CONFIGURE = $(CMAKE) -S . -G Ninja -DVATTN_BUILD_TESTS=ON \
 	-DCMAKE_UNITY_BUILD=ON -DCMAKE_UNITY_BUILD_BATCH_SIZE=6 \
 	-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 
-.PHONY: help demo test dev lint format fake stress stress-allocator test-sanitize soak load-test gpu-check bench bench-small report clean
+.PHONY: help demo serve test dev lint format fake stress stress-allocator test-sanitize soak load-test gpu-check bench bench-small report clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo           generate text with the embedded model, its KV cache in virtual memory"
+	@echo "make serve          the embedded model behind OpenAI's API, on port 8000"
 	@echo "make test           lint, types and the whole test suite (GPU tests skip without a GPU)"
 	@echo "make dev            .venv with every extra but cuda and flash, and the fake CUDA driver"
 	@echo "make lint           ruff, mypy, clang-format; make format rewrites the files"
@@ -48,10 +49,14 @@ help:
 demo: $(STAMP_BASE)
 	$(BIN)/vattn generate --max-tokens 220 --min-tokens 220 --memory-map --stats
 
+serve: $(STAMP_BASE)
+	$(BIN)/vattn serve
+
 # One worker per core, each with one thread. A file's tests share fixtures: it stays with one worker.
+# The files' order is that of tests/conftest.py.
 test: export OMP_NUM_THREADS := 1
 test: lint fake
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 dev: $(STAMP_DEV) fake
 

@@ -27,7 +27,7 @@ def versions() -> dict[str, str]:
     if torch is not None and torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
     if "vattn" not in found:  # on PYTHONPATH only
-        found["vattn"] = _first_match(ROOT / "vattn/__init__.py", r'__version__ = "(.+)"') or "?"
+        found["vattn"] = _first_match(ROOT / "vattn/version.py", r'__version__ = "(.+)"') or "?"
     return found
 
 

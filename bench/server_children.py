@@ -15,9 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from bench.common import Json
+
+if TYPE_CHECKING:
+    from vattn import LLM
 
 
 def talk() -> tuple[Iterator[Json], IO[str]]:
@@ -39,6 +42,9 @@ def offline(model: str, options: dict[str, Any]) -> None:
     llm = LLM(model, **options)
     tell(out, {"ready": True})
     for question in questions:
+        if "other" in question:
+            tell(out, {"gap": gap(llm, question)})
+            continue
         params = SamplingParams(temperature=0, max_tokens=question["new_tokens"], ignore_eos=True)
         start = time.perf_counter()
         outputs = llm.generate(
@@ -57,6 +63,28 @@ def offline(model: str, options: dict[str, Any]) -> None:
             },
         )
     llm.close()
+
+
+def gap(llm: LLM, question: Json) -> float | None:
+    """How much likelier the best token is than the second where another text departs from ours.
+
+    A difference of log probabilities, which is one of logits; None if nothing departs here.
+    """
+    from vattn import SamplingParams
+
+    params = SamplingParams(
+        temperature=0, max_tokens=question["new_tokens"], ignore_eos=True, logprobs=2
+    )
+    prompt = {"prompt_token_ids": question["prompt"], "cache_salt": "gap"}
+    found = llm.generate([prompt], params, use_tqdm=False)[0].outputs[0]
+    assert found.logprobs is not None
+    for i, entry in enumerate(found.logprobs):
+        # A character that is not complete yet may still become the other's.
+        text = llm.tokenizer.decode(found.token_ids[: i + 1]).rstrip("\ufffd")
+        if not question["other"].startswith(text):
+            best, second = sorted((each.logprob for each in entry.values()), reverse=True)[:2]
+            return best - second
+    return None
 
 
 def server(model: str, options: dict[str, Any]) -> None:

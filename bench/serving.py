@@ -12,8 +12,12 @@ serve them in turns, each in processes of its own:
     openai   the same, read by the `openai` package's asynchronous client
 
 The rate of a side is tokens over seconds from the first request to the last token, and its ratio
-to offline the median over rounds. All texts have to be equal. The engine has the same number of
-threads on all sides; the server and the client share the machine with it.
+to offline the median over rounds. The engine has the same number of threads on all sides; the
+server and the client share the machine with it.
+
+Requests that come over sockets make other batches, whose products are rounded differently. Where
+two tokens are equally likely but for that, a text may go on with the other one; any other
+difference of texts is an error, and so are more than a few.
 """
 
 from __future__ import annotations
@@ -45,6 +49,8 @@ from bench.server_sides import Program, save_model
 
 SIDES = ("offline", "raw", "openai")
 LEAST = 0.85  # of offline's throughput, for raw
+TIE = 1e-3  # of two logits, whose deviation is about 1: what rounding may turn around
+MOST_TIES = 0.05  # of a side's texts
 
 Side = Callable[[Json], Json]
 
@@ -54,7 +60,7 @@ def measure(args: argparse.Namespace) -> list[Json]:
 
     Raises:
         RuntimeError: a side has ended.
-        AssertionError: texts differ, or a request failed.
+        AssertionError: texts differ by more than rounding, or a request failed.
     """
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         positions = args.prompt_tokens + args.new_tokens + 16
@@ -89,14 +95,25 @@ def play(sides: Mapping[str, Side], args: argparse.Namespace, vocabulary: int, i
     for k in range(len(SIDES)):
         name = SIDES[(i + k) % len(SIDES)]
         found[name] = sides[name](question)
-    for name in SIDES[1:]:
-        assert found[name]["texts"] == found["offline"]["texts"], f"{name} has other texts"
+    texts = found["offline"]["texts"]
+    for name in SIDES:
+        other = found[name]["texts"]
+        assert len(other) == len(texts), f"{name} has {len(other)} texts"
+        different = [k for k in range(len(texts)) if other[k] != texts[k]]
+        for k in different:
+            asked = {"prompt": work.prompts[k], "new_tokens": args.new_tokens, "other": other[k]}
+            gap = sides["offline"](asked)["gap"]
+            assert gap is not None, f"{name} has a text that offline does not depart from: {k}"
+            assert gap <= TIE, f"{name} has another text, and no tie: {gap}"
+        found[name]["ties"] = len(different)
     return found
 
 
 def summary(name: str, rounds: Sequence[Json], args: argparse.Namespace) -> Json:
     """A side's rate, its ratio to offline of the same round, and its latencies in ms."""
     mine = [found[name] for found in rounds]
+    ties = sum(each["ties"] for each in mine) / (len(rounds) * args.streams)
+    assert ties <= MOST_TIES, f"{name} has other texts in {ties:.1%} of streams"
     seconds = [each["seconds"] for each in mine]
     pairs = summarize_pairs([found["offline"]["seconds"] for found in rounds], seconds)
     return {
@@ -104,6 +121,7 @@ def summary(name: str, rounds: Sequence[Json], args: argparse.Namespace) -> Json
         "tokens_per_s": args.streams * args.new_tokens / statistics.median(seconds),
         "seconds": seconds,
         "of_offline": asdict(pairs),
+        "equal_texts": 1 - ties,
         "ttft_ms": quantiles([s for each in mine for s in each["first_token_s"]], 1e-3),
         "itl_ms": quantiles([s for each in mine for s in each["gaps_s"]], 1e-3),
     }
@@ -117,12 +135,13 @@ def print_results(results: Sequence[Json]) -> None:
             [
                 *(r["side"], f"{r['tokens_per_s']:.0f}", f"{pairs['ratio']:.3f}"),
                 f"{pairs['ratio_low']:.3f}-{pairs['ratio_high']:.3f}",
+                f"{r['equal_texts']:.1%}",
                 *(r[what][q] for what in ("ttft_ms", "itl_ms") for q in ("p50", "p99")),
             ]
         )
     print_table(
         "tokens/s; ratio to offline of the same round (median, quartiles); ms",
-        ["side", "tokens/s", "ratio", "quartiles", "TTFT p50", "p99", "ITL p50", "p99"],
+        ["side", "tokens/s", "ratio", "quartiles", "equal", "TTFT p50", "p99", "ITL p50", "p99"],
         rows,
     )
 
@@ -144,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_argument("--width", type=int)
     cli.add_argument("--threads", type=int, help="of torch; default: its own choice")
     args = cli.parse_args(argv)
-    full = {"streams": 32, "rounds": 9, "prompt_tokens": 32, "new_tokens": 96}
+    full = {"streams": 32, "rounds": 5, "prompt_tokens": 32, "new_tokens": 64}
     full |= {"layers": 8, "width": 512, "threads": torch.get_num_threads()}
     small = {"streams": 4, "rounds": 1, "new_tokens": 8, "layers": 1, "width": 128}
     for name, value in (full | (small if args.small else {})).items():

@@ -32,6 +32,15 @@ if TYPE_CHECKING:
     from vattn._core import Driver
 
 
+# Files of half a minute and more, by what they cost.
+_LONG = ("test_compiled.py", "test_faults.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: a worker left with one of them at the end would be the only one busy."""
+    items.sort(key=lambda item: item.path.name not in _LONG)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and (reason := cuda_missing_reason()):
         pytest.skip(reason)

@@ -83,8 +83,8 @@ class Owner:
 
     def start(self, model: str = str(EMBEDDED_PATH), **fields: Any) -> Any:
         """Says Start; what comes back."""
-        given = {"version": VERSION, "settings": SETTINGS, "log_level": "warning"} | fields
-        self.send(Start(model=model, **given))
+        given = {"settings": SETTINGS, "log_level": "warning"} | fields
+        self.send(Start(**{"version": VERSION, "model": model, **given}))
         return self.receive()
 
     def receive(self) -> Any:

@@ -6,6 +6,7 @@ page that shows up in the wrong place, or with somebody else's contents, never c
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -101,9 +102,19 @@ def make_cache(
 
 
 def token_bytes(
-    writers: npt.ArrayLike, first: int, width: int, layer: int, which: Literal["k", "v"]
+    writers: Sequence[int], first: int, width: int, layer: int, which: Literal["k", "v"]
 ) -> Bytes:
-    """The bytes `[len(writers), width]` of tokens `first` and on of one layer's K or V."""
+    """The bytes `[len(writers), width]` of tokens `first` and on of one layer's K or V.
+
+    Shared by all that ask for them: leave them as they are.
+    """
+    return _token_bytes(tuple(writers), first, width, layer, which)
+
+
+@functools.lru_cache(maxsize=1024)
+def _token_bytes(
+    writers: tuple[int, ...], first: int, width: int, layer: int, which: Literal["k", "v"]
+) -> Bytes:
     writer = np.asarray(writers, dtype=np.uint32)
     token = np.arange(first, first + len(writer), dtype=np.uint32)
     part = np.uint32(2 * layer + (which == "v"))

@@ -58,6 +58,18 @@ class Watched:
         if not request.url.startswith(self.origin):
             self.strangers.append(request.url)
 
+    def told(self, *, quiet: bool = True) -> list[str]:
+        """What there was to complain about since the last time.
+
+        Args:
+            quiet: False if the test made requests fail, which browsers write to the console.
+        """
+        found = [each for each in self.errors if quiet or "Failed to load resource" not in each]
+        found += self.strangers
+        self.errors.clear()
+        self.strangers.clear()
+        return found
+
     def shot(self, name: str) -> None:
         """Keeps a picture of the whole page."""
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
@@ -73,7 +85,7 @@ def watched_page(
     Args:
         browser: to open it in.
         url: of the server.
-        quiet: False if the test makes requests fail, which browsers write to the console.
+        quiet: as for :meth:`Watched.told`.
         options: of the browser's context.
     """
     context = browser.new_context(**options)
@@ -88,6 +100,4 @@ def watched_page(
         yield watched
     finally:
         context.close()
-    errors = [each for each in watched.errors if quiet or "Failed to load resource" not in each]
-    assert errors == []
-    assert watched.strangers == []
+    assert watched.told(quiet=quiet) == []

@@ -96,7 +96,7 @@ class Stub:
 
     async def _live(self, request: Request) -> Response:
         if self.refuse is not None:
-            return Response(status_code=self.refuse)
+            return JSONResponse({"error": {"message": "too many viewers"}}, self.refuse)
         if self.key and request.headers.get("authorization") != f"Bearer {self.key}":
             return JSONResponse({"error": {"message": "the key is wrong"}}, 401)
         self.streams += 1

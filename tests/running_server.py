@@ -6,6 +6,8 @@ At the end of a server nothing may be left: no request, no place in the queue, n
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
@@ -81,6 +83,14 @@ class RunningServer:
         """Returns when no request is unfinished, here and in the engine."""
         self.call(asyncio.wait_for(self._idle(), PATIENCE_S))
 
+    def wait_running(self, prompts: int) -> None:
+        """Returns when so many prompts are unfinished."""
+        self.call(asyncio.wait_for(self._running(prompts), PATIENCE_S))
+
+    async def _running(self, prompts: int) -> None:
+        while len(self.llm.live_requests()) != prompts:
+            await asyncio.sleep(0)
+
     async def _idle(self) -> None:
         await self.state.admission.wait_idle()
         while self.llm.live_requests():
@@ -92,6 +102,18 @@ class RunningServer:
             if stats is not None and not stats.requests:
                 return
             await asyncio.sleep(0.01)
+
+
+@contextmanager
+def paused(llm: AsyncLLM) -> Iterator[None]:
+    """Its engine computes nothing meanwhile, so that what runs still does."""
+    pid = llm.engine_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 @contextmanager
@@ -117,13 +139,18 @@ def running_server(model: str | Path | None = None, **options: Any) -> Iterator[
     async def serve() -> None:
         llm = AsyncLLM(model, log_level="warning", **llm_options)
         app = build_app(llm, settings)
+        app.state.vattn.metrics.keep_s = 0.0  # tests ask for what they have just done
         http = HttpServer(app, settings)
         sock = bind(settings.host, settings.port)
         url = url_of(sock, settings)
         try:
             await llm.start()
             task = asyncio.ensure_future(http.run_until_stopped(sock))
-            await http.is_listening.wait()
+            listening = asyncio.ensure_future(http.is_listening.wait())
+            await asyncio.wait({task, listening}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                await task
+                raise RuntimeError("the server ended before it listened")
             loop = asyncio.get_running_loop()
             found["server"] = RunningServer(url, settings, llm, app, http, loop)
             ready.set()
@@ -141,7 +168,7 @@ def running_server(model: str | Path | None = None, **options: Any) -> Iterator[
         finally:
             ready.set()
 
-    thread = threading.Thread(target=run, name="server")
+    thread = threading.Thread(target=run, name="server", daemon=True)
     thread.start()
     ready.wait()
     if "error" in found:
@@ -154,6 +181,9 @@ def running_server(model: str | Path | None = None, **options: Any) -> Iterator[
             server.wait_idle()
             server.call(server.llm.check())
         server.state.admission.check()
+    except BaseException:
+        server.http.force_exit = True  # what a failed test left open is not waited for
+        raise
     finally:
         server.loop.call_soon_threadsafe(server.http.stop)
         thread.join(PATIENCE_S)

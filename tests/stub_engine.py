@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import zmq
 
 from vattn.engine_process.messages import (
@@ -16,6 +17,7 @@ from vattn.engine_process.messages import (
     Add,
     Answer,
     Ask,
+    BudgetReport,
     End,
     Facts,
     Progress,
@@ -76,10 +78,12 @@ def _serve(commands: "zmq.Socket[bytes]", news: "zmq.Socket[bytes]") -> int:
     what = start.settings["what"]
     if what == "silent":
         time.sleep(600)
-    if what == "bad" or (what == "worse" and starts):
-        news.send(encode(StartFailed(f"bad {what}", what == "bad")))
+    fails = {"bad": True, "worse": starts > 0, "gone for once": starts == 1}
+    if fails.get(what):
+        news.send(encode(StartFailed(f"bad {what}", what != "worse")))
         return 2
-    news.send(encode(Ready(FACTS)))
+    budget = FACTS.budget_bytes if start.budget_bytes is None else start.budget_bytes
+    news.send(encode(Ready(msgspec.structs.replace(FACTS, budget_bytes=budget))))
     while True:
         command = decode_command(commands.recv())
         if isinstance(command, Stop):
@@ -92,8 +96,15 @@ def _serve(commands: "zmq.Socket[bytes]", news: "zmq.Socket[bytes]") -> int:
         elif isinstance(command, Ask):
             if command.what == "exit":
                 return 7
-            trouble = Trouble(command.number, "no such question", True)
-            news.send(encode(Answer(command.number) if command.what == "check" else trouble))
+            news.send(encode(_answer(command)))
+
+
+def _answer(ask: Ask) -> Answer | Trouble:
+    if ask.what == "set_budget":
+        return Answer(ask.number, BudgetReport(0, ask.argument, 0, 0, 0))
+    if ask.what == "check":
+        return Answer(ask.number)
+    return Trouble(ask.number, "no such question", True)
 
 
 def _add(add: Add, what: str, news: "zmq.Socket[bytes]") -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import replace
@@ -213,6 +214,7 @@ def test_a_killed_engine_is_told_within_a_second_and_replaced(served: Served) ->
         tasks = [asyncio.create_task(_outputs(llm, TEXT, params, str(n))) for n in range(4)]
         while not any(sum(live.output_tokens) for live in llm.live_requests()):
             await asyncio.sleep(0.001)
+        await llm.set_budget("48MiB")
         pid = llm.engine_pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
@@ -224,6 +226,7 @@ def test_a_killed_engine_is_told_within_a_second_and_replaced(served: Served) ->
             await asyncio.sleep(0.05)
         assert llm.restarts == 1
         assert not Path(f"/proc/{pid}").exists()
+        assert llm.facts.budget_bytes == 48 << 20
         assert _told((await _outputs(llm, TEXT, PARAMS["greedy"]))[-1]) == _told(before)
 
     served.run(whole())
@@ -231,7 +234,7 @@ def test_a_killed_engine_is_told_within_a_second_and_replaced(served: Served) ->
 
 
 def test_bad_options_are_refused_before_anything_starts() -> None:
-    for options, match in [
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"max_num_seqs": 0}, "max_num_seqs=0"),
         ({"scheduling_policy": len}, "llm_factory"),
         ({"eviction_policy": object()}, "llm_factory"),
@@ -240,7 +243,8 @@ def test_bad_options_are_refused_before_anything_starts() -> None:
         ({"log_level": "loud"}, "log_level='loud'"),
         ({"engine_timeout_s": -1}, "engine_timeout_s=-1"),
         ({"start_timeout_s": "1"}, "start_timeout_s='1'"),
-    ]:
+    ]
+    for options, match in refused:
         with pytest.raises(ValueError, match=match):
             vattn.AsyncLLM(**options)
     with pytest.raises(TypeError, match="did you mean max_num_seqs"):
@@ -267,17 +271,24 @@ asyncio.run(main())
 """
 
 
-def test_an_owner_that_is_killed_takes_its_engine_along(tmp_path: Path) -> None:
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """Paths of sockets have 107 bytes, and pytest's directories are long."""
+    with tempfile.TemporaryDirectory(prefix="vt-") as path:
+        yield Path(path)
+
+
+def test_an_owner_that_is_killed_takes_its_engine_along(short_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", OWNER, str(tiny_path())],
         stdout=subprocess.PIPE,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
+        env={**os.environ, "TMPDIR": str(short_path)},
     ) as owner:
         assert owner.stdout is not None
         pid = int(owner.stdout.readline())
-        assert len(list(tmp_path.glob("vattn-engine-*"))) == 1
+        assert len(list(short_path.glob("vattn-engine-*"))) == 1
         owner.kill()
     end_s = time.monotonic() + 60
-    while Path(f"/proc/{pid}").exists() or list(tmp_path.glob("vattn-engine-*")):
+    while Path(f"/proc/{pid}").exists() or list(short_path.glob("vattn-engine-*")):
         assert time.monotonic() < end_s
         time.sleep(0.02)

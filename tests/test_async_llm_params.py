@@ -26,6 +26,16 @@ STRUCTURED = st.one_of(
     st.builds(
         StructuredOutputsParams, json_object=st.just(True), disable_any_whitespace=st.booleans()
     ),
+    st.builds(
+        lambda word: StructuredOutputsParams(
+            structural_tag={
+                "type": "structural_tag",
+                "triggers": [word],
+                "structures": [{"begin": f"{word}:", "schema": {}, "end": ""}],
+            }
+        ),
+        WORDS,
+    ),
 )
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "n": st.integers(1, 4096),

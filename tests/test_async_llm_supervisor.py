@@ -3,88 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import signal
 import subprocess
 import tempfile
-import threading
-from collections.abc import Callable, Coroutine, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from vattn.engine_process import spawn, supervisor
+from tests.stub_owner import Make, outputs, owners_of_stubs, run, until
+from vattn.engine_process import spawn
 from vattn.engine_process.errors import EngineDeadError, RequestRefused
-from vattn.engine_process.messages import VERSION, Start
 from vattn.engine_process.owner import Owner
-from vattn.outputs import RequestOutput
 from vattn.sampling_params import RequestOutputKind, SamplingParams
-
-
-def _left() -> tuple[set[str], set[str], int]:
-    """Children, directories of ours and threads, which must be as before."""
-    gc.collect()
-    tasks = Path(f"/proc/{os.getpid()}/task")
-    children = {c for t in tasks.iterdir() for c in (t / "children").read_text().split()}
-    ours = Path(tempfile.gettempdir()).glob(f"*vattn-*{os.getpid()}-*")
-    return children, {str(path) for path in ours}, threading.active_count()
-
-
-def _fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-Make = Callable[..., Owner]
 
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Make]:
-    monkeypatch.setattr(spawn, "ENGINE_MODULE", "tests.stub_engine")
-    monkeypatch.setattr(supervisor, "_MAX_DELAY_S", 0.01)
-
-    def make_owner(what: str = "works", **settings: Any) -> Owner:
-        start = Start(VERSION, str(tmp_path / "starts"), {"what": what})
-        given = {"restart": True, "engine_timeout_s": 60.0, "start_timeout_s": 60.0, **settings}
-        return Owner(partial(supervisor.Supervisor, start, **given))
-
-    asyncio.run(asyncio.sleep(0))
-    before, fds = _left(), _fds()
-    yield make_owner
-    assert _left() == before
-    assert _fds() == fds
-
-
-def _run(owner: Owner, what: Coroutine[Any, Any, None]) -> None:
-    async def whole() -> None:
-        try:
-            async with asyncio.timeout(60):
-                await what
-        finally:
-            await owner.close()
-        owner.check_idle()
-
-    asyncio.run(whole())
-
-
-async def _outputs(
-    owner: Owner, prompt: Any, name: str = "a", **params: Any
-) -> list[RequestOutput]:
-    mirror = await owner.add(prompt, SamplingParams(**params), name, 0, None)
-    found = []
-    try:
-        while not found or not found[-1].finished:
-            found.append(await mirror.next_output())
-    finally:
-        owner.drop(mirror)
-    return found
-
-
-async def _until(is_so: Callable[[], bool]) -> None:
-    while not is_so():
-        await asyncio.sleep(0.005)
+    with owners_of_stubs(monkeypatch, tmp_path) as made:
+        yield made
 
 
 def test_tokens_come_in_order_and_a_slow_reader_gets_them_together(make: Make) -> None:
@@ -93,18 +31,16 @@ def test_tokens_come_in_order_and_a_slow_reader_gets_them_together(make: Make) -
     async def whole() -> None:
         await owner.engine.start()
         await owner.engine.start()  # again is nothing
-        (final,) = await _outputs(
-            owner, [5], max_tokens=9, output_kind=RequestOutputKind.FINAL_ONLY
-        )
+        (final,) = await outputs(owner, [5], max_tokens=9, output_kind=RequestOutputKind.FINAL_ONLY)
         assert final.outputs[0].token_ids == list(range(6, 15))
         mirror = await owner.add([7], SamplingParams(max_tokens=50), "slow", 0, None)
-        await _until(lambda: mirror.is_finished)
+        await until(lambda: mirror.is_finished)
         output = await mirror.next_output()
         owner.drop(mirror)
         assert output.finished
         assert output.outputs[0].token_ids == list(range(8, 58))
 
-    _run(owner, whole())
+    run(owner, whole())
 
 
 def test_what_is_refused_is_refused_with_the_reason(make: Make) -> None:
@@ -112,18 +48,18 @@ def test_what_is_refused_is_refused_with_the_reason(make: Make) -> None:
 
     async def whole() -> None:
         with pytest.raises(EngineDeadError, match="start"):
-            await _outputs(owner, [1])
+            await outputs(owner, [1])
         await owner.engine.start()
         with pytest.raises(RequestRefused, match="999 is refused"):
-            await _outputs(owner, [999])
+            await outputs(owner, [999])
         for prompt in ([], [1.5], {"prompts": 1}, None):
             with pytest.raises(RequestRefused):
-                await _outputs(owner, prompt)
+                await outputs(owner, prompt)
         with pytest.raises(RequestRefused, match="surrogates"):
-            await _outputs(owner, {"prompt_token_ids": [1], "cache_salt": "\ud800"})
+            await outputs(owner, {"prompt_token_ids": [1], "cache_salt": "\ud800"})
         mirror = await owner.add([7], SamplingParams(ignore_eos=True), "twice", 0, None)
         with pytest.raises(RequestRefused, match="'twice' is in use"):
-            await _outputs(owner, [1], "twice")
+            await outputs(owner, [1], "twice")
         owner.abort(["twice", "unknown"])
         while not (output := await mirror.next_output()).finished:
             pass
@@ -132,7 +68,7 @@ def test_what_is_refused_is_refused_with_the_reason(make: Make) -> None:
         with pytest.raises(ValueError, match="no such question"):
             await owner.ask("what?", None, object)
 
-    _run(owner, whole())
+    run(owner, whole())
 
 
 @pytest.mark.parametrize(
@@ -144,13 +80,13 @@ def test_one_that_hangs_or_talks_nonsense_is_replaced(make: Make, what: str, how
     async def whole() -> None:
         await owner.engine.start()
         with pytest.raises(EngineDeadError, match=how) as caught:
-            await _outputs(owner, [1])
+            await outputs(owner, [1])
         assert caught.value.restarting
         assert not owner.engine.is_ready
-        await _until(lambda: owner.engine.is_ready)
+        await until(lambda: owner.engine.is_ready)
         assert owner.engine.restarts == 1
 
-    _run(owner, whole())
+    run(owner, whole())
 
 
 def test_everybody_is_told_at_once_and_the_next_one_serves(make: Make) -> None:
@@ -160,22 +96,20 @@ def test_everybody_is_told_at_once_and_the_next_one_serves(make: Make) -> None:
         await owner.engine.start()
         child = owner.engine.child
         assert child is not None
-        some = [
-            asyncio.create_task(_outputs(owner, [n], str(n), ignore_eos=True)) for n in range(9)
-        ]
-        await _until(lambda: len(owner.mirrors) == 9)
+        some = [asyncio.create_task(outputs(owner, [n], str(n), ignore_eos=True)) for n in range(9)]
+        await until(lambda: len(owner.mirrors) == 9)
         os.kill(child.process.pid, signal.SIGKILL)
         for result in await asyncio.gather(*some, return_exceptions=True):
             assert isinstance(result, EngineDeadError)
             assert "SIGKILL" in str(result)
         with pytest.raises(EngineDeadError, match="SIGKILL"):
-            await _outputs(owner, [1])
-        await _until(lambda: owner.engine.is_ready)
-        assert len(await _outputs(owner, [1], max_tokens=3)) >= 1
+            await outputs(owner, [1])
+        await until(lambda: owner.engine.is_ready)
+        assert len(await outputs(owner, [1], max_tokens=3)) >= 1
         with pytest.raises(EngineDeadError, match="status 7"):
             await owner.ask("exit", None, object)
 
-    _run(owner, whole())
+    run(owner, whole())
 
 
 def test_after_five_failed_starts_it_is_dead_for_good(make: Make, tmp_path: Path) -> None:
@@ -191,7 +125,7 @@ def test_after_five_failed_starts_it_is_dead_for_good(make: Make, tmp_path: Path
         with pytest.raises(EngineDeadError):
             owner.engine.check_ready()
 
-    _run(owner, whole())
+    run(owner, whole())
     assert len((tmp_path / "starts").read_bytes()) == 6
 
 
@@ -204,7 +138,7 @@ def test_without_restarts_the_first_death_is_for_good(make: Make) -> None:
         owner.engine.child.process.kill()
         assert not (await owner.engine.wait_for_failure()).restarting
 
-    _run(owner, whole())
+    run(owner, whole())
 
 
 def test_a_start_that_fails_says_why(make: Make) -> None:
@@ -214,8 +148,8 @@ def test_a_start_that_fails_says_why(make: Make) -> None:
         with pytest.raises(error, match=match):
             await owner.engine.start()
 
-    _run(bad, whole(bad, ValueError, "bad bad"))
-    _run(silent, whole(silent, EngineDeadError, r"start_timeout_s=0\.5"))
+    run(bad, whole(bad, ValueError, "bad bad"))
+    run(silent, whole(silent, EngineDeadError, r"start_timeout_s=0\.5"))
 
 
 def test_it_can_be_closed_or_given_up_while_it_starts(make: Make) -> None:
@@ -223,18 +157,18 @@ def test_it_can_be_closed_or_given_up_while_it_starts(make: Make) -> None:
 
     async def whole() -> None:
         start = asyncio.create_task(owner.engine.start())
-        await _until(lambda: owner.engine.child is not None)
+        await until(lambda: owner.engine.child is not None)
         await owner.close()
         with pytest.raises(EngineDeadError, match="closed"):
             await start
         start = asyncio.create_task(owner.engine.start())
-        await _until(lambda: owner.engine.child is not None)
+        await until(lambda: owner.engine.child is not None)
         start.cancel()
         with pytest.raises(asyncio.CancelledError):
             await start
         assert owner.engine.child is None
 
-    _run(owner, whole())
+    run(owner, whole())
 
 
 def test_closing_tells_everybody(make: Make) -> None:
@@ -242,14 +176,14 @@ def test_closing_tells_everybody(make: Make) -> None:
 
     async def whole() -> None:
         await owner.engine.start()
-        waiting = asyncio.create_task(_outputs(owner, [1], ignore_eos=True))
-        await _until(lambda: len(owner.mirrors) == 1)
+        waiting = asyncio.create_task(outputs(owner, [1], ignore_eos=True))
+        await until(lambda: len(owner.mirrors) == 1)
         await owner.close()
         with pytest.raises(EngineDeadError, match="closed") as caught:
             await waiting
         assert not caught.value.restarting
 
-    _run(owner, whole())
+    run(owner, whole())
 
 
 def test_a_loop_that_ends_badly_leaves_nothing(make: Make) -> None:
@@ -259,21 +193,28 @@ def test_a_loop_that_ends_badly_leaves_nothing(make: Make) -> None:
         owner.engine.check_ready()
 
 
-def test_directories_of_the_dead_are_removed(tmp_path: Path) -> None:
-    stale = tmp_path / "vattn-engine-1-abcdefgh"
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """Paths of sockets have 107 bytes, and pytest's directories are long."""
+    with tempfile.TemporaryDirectory(prefix="vt-") as path:
+        yield Path(path)
+
+
+def test_directories_of_the_dead_are_removed(short_path: Path) -> None:
+    stale = short_path / "vattn-engine-1-abcdefgh"
     stale.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tempfile, "tempdir", str(tmp_path))
+        patch.setattr(tempfile, "tempdir", str(short_path))
         with spawn._directory() as first, spawn._directory() as second:
-            assert {path.name for path in tmp_path.iterdir()} == {
+            assert {path.name for path in short_path.iterdir()} == {
                 Path(first).name,
                 Path(second).name,
             }
             assert Path(first).stat().st_mode & 0o777 == 0o700
-        patch.setattr(tempfile, "tempdir", str(tmp_path / ("long" * 30)))
+        patch.setattr(tempfile, "tempdir", str(short_path / ("long" * 30)))
         with spawn._directory() as other:
             assert other.startswith("/tmp/")
-    assert list(tmp_path.iterdir()) == []
+    assert list(short_path.iterdir()) == []
 
 
 def test_without_descriptors_of_processes_a_thread_waits(
@@ -295,3 +236,15 @@ def test_what_an_engine_has_started_is_killed_with_it() -> None:
         process.stdout.readline()
         spawn._end(process)
         assert process.stdout.read() == b""  # nobody has the other end
+
+
+def test_the_engine_does_not_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threads leave the cores to us between products, unless the environment says otherwise."""
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert int(spawn.engine_environment()["GOMP_SPINCOUNT"]) < 10_000
+    monkeypatch.setenv("GOMP_SPINCOUNT", "12345")
+    assert spawn.engine_environment()["GOMP_SPINCOUNT"] == "12345"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert "GOMP_SPINCOUNT" not in spawn.engine_environment()

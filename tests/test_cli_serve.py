@@ -8,12 +8,14 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.cli_helpers import Cli, assert_refused, start
+from vattn.cli.serve_flags import Flags, variable
 
 pytest_plugins = ("tests.cli_fixtures",)
 PATIENCE_S = 120
@@ -65,6 +67,11 @@ def test_it_serves_drains_and_ends(serving: subprocess.Popen[str]) -> None:
         (["--ssl-keyfile", "x"], "ssl_certfile"),
         (["--allowed-origins", "nobody"], "--allowed-origins"),
         (["--chat-template", "/nothing"], "--chat-template"),
+        (["--api-key", "sécret"], "--api-key has a key that no header can carry"),
+        (["--admin-api-key", "a\tb"], "--admin-api-key"),
+        (["--api-key", " a"], "--api-key"),
+        (["--engine-timeout", "0"], "--engine-timeout 0"),
+        (["--start-timeout", "inf"], "--start-timeout inf"),
         (["--nothing"], "--nothing"),
     ],
 )
@@ -82,6 +89,36 @@ def test_environment_and_file(cli: Cli, tmp_path: Path, monkeypatch: pytest.Monk
     assert_refused(cli("serve", "--config", config, "--port", "70003"), "--port 70003")
     monkeypatch.setenv("VATTN_PORT", "tcp://10.0.0.1:80")
     assert_refused(cli("serve"), "Kubernetes")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("API_KEYS", "API_KEY"), ("MAX_NUM_SEQ", "MAX_NUM_SEQS"), ("SERVER_KEY", "API_KEY")],
+)
+def test_variables_that_look_mistyped(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str, meant: str
+) -> None:
+    monkeypatch.setenv(f"VATTN_{name}", "3")
+    assert_refused(cli("serve", "--port", "70000"), f"VATTN_{name} in", f"use VATTN_{meant},")
+
+
+def test_other_variables_are_no_errors(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SERVICE_HOST", "PORT_8000_TCP", "BUDGET", "SOMETHING_ELSE"):
+        monkeypatch.setenv(f"VATTN_{name}", "3")
+    assert_refused(cli("serve", "--port", "70000"), "--port 70000")
+
+
+def test_help_has_whole_names(cli: Cli) -> None:
+    """Of all flags and variables, in the 80 columns that a pipe has."""
+    text = cli("serve", "--help").stdout
+    words = set(text.replace("]", " ").replace("/", " ").split())
+    for field in fields(Flags):
+        names = {variable(field.name)}
+        if field.name != "model":
+            names.add("--" + field.name.replace("_", "-"))
+        assert names <= words
+    assert max(map(len, text.splitlines())) <= 80
+    assert "--no-enable-prefix-caching" in words
 
 
 @pytest.mark.parametrize("text", ["nothing: 1", "[", "- a", "port: true", "enforce-eager: 1"])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import logging
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -52,20 +53,45 @@ def without_traces() -> Iterator[None]:
 
 
 class Graphs:
-    """A backend that keeps what it is given, and runs it after AOTAutograd."""
+    """A backend that keeps what it is given, and runs it on another one."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "eager") -> None:
         self.seen: list[torch.fx.GraphModule] = []
+        self._backend = lookup_backend(backend)
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
         self.seen.append(graph)
-        run: Any = lookup_backend("aot_eager")
+        run: Any = self._backend
         return run(graph, inputs)
 
     def layers(self) -> list[list[int]]:
         """The layers whose attention each graph calls, in order."""
         ours = (torch.ops.vattn.attend, torch.ops.vattn.attend.default)
         return [[n.args[4] for n in g.graph.nodes if n.target in ours] for g in self.seen]
+
+
+class Made(NamedTuple):
+    loaded: LoadedModel
+    graphs: Graphs
+    compiled: CompiledModel
+
+
+# AOTAutograd takes as long again as tracing, and what it sees are operators, not families. These
+# have windows, sinks and experts among them.
+AFTER_AUTOGRAD = ("llama", "gemma3", "gpt_oss")
+
+
+@pytest.fixture(scope="module")
+def made() -> Callable[[str], Made]:
+    """The compiled model of a family, for tests that leave it as it is."""
+
+    @functools.cache
+    def make(family: str) -> Made:
+        loaded = load_model(engine_model(family))
+        graphs = Graphs("aot_eager" if family in AFTER_AUTOGRAD else "eager")
+        return Made(loaded, graphs, compile_model(loaded, backend=graphs))
+
+    return make
 
 
 class Own:
@@ -119,10 +145,8 @@ def compare(loaded: LoadedModel, compiled: CompiledModel) -> None:
 
 
 @pytest.mark.parametrize("family", ENGINE_CONFIGS)
-def test_two_graphs_serve_every_step(family: str) -> None:
-    loaded = load_model(engine_model(family))
-    graphs = Graphs()
-    compiled = compile_model(loaded, backend=graphs)
+def test_two_graphs_serve_every_step(family: str, made: Callable[[str], Made]) -> None:
+    loaded, graphs, compiled = made(family)
     assert compiled.refusal is None
     compare(loaded, compiled)
     assert graphs.layers() == [[0, 1, 2]] * 2
@@ -138,10 +162,9 @@ def test_inductor(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gpt_oss"])
-def test_the_runner_is_exact_over_the_cache(family: str) -> None:
+def test_the_runner_is_exact_over_the_cache(family: str, made: Callable[[str], Made]) -> None:
     """Windows and sinks: two sequences, one decoding while the other is prefilled in chunks."""
-    loaded = load_model(engine_model(family))
-    compiled = compile_model(loaded, backend="aot_eager")
+    loaded, _, compiled = made(family)
     plain, other = (run_two(loaded, forward) for forward in (None, compiled))
     assert compiled.refusal is None
     assert len(plain) == 43
@@ -237,9 +260,8 @@ def test_no_call_is_dropped_merged_moved_or_repeated(
     torch.testing.assert_close(got, wanted)
 
 
-def test_no_answer_outside_an_engine() -> None:
-    loaded = load_model(engine_model("llama"))
-    compiled = compile_model(loaded, backend="aot_eager")
+def test_no_answer_outside_an_engine(made: Callable[[str], Made]) -> None:
+    compiled = made("llama").compiled
     for tokens in (1, 5):
         ids, positions, rows = packed(tokens, 1)
         with pytest.raises(StepMissing, match="set_attn_implementation"):
@@ -272,7 +294,7 @@ def test_models_do_not_mix() -> None:
 
 def test_a_model_ends_with_its_owner() -> None:
     loaded = load_model(engine_model("llama"))
-    compiled = compile_model(loaded, backend="aot_eager")
+    compiled = compile_model(loaded, backend="eager")
     call(compiled, packed(5, 2))
     weight = weakref.ref(loaded.model.lm_head.weight)
     del loaded, compiled
@@ -347,7 +369,7 @@ def test_running_out_of_memory_is_the_callers() -> None:
 
 def test_a_model_that_computes_all_logits() -> None:
     loaded = dataclasses.replace(load_model(engine_model("llama")), keeps_logits=False)
-    compiled = compile_model(loaded, backend="aot_eager")
+    compiled = compile_model(loaded, backend="eager")
     assert compiled.refusal is None
     for tokens in (1, 2, 9):
         ids, positions, rows = packed(tokens, 1)
@@ -359,8 +381,8 @@ def test_a_model_that_computes_all_logits() -> None:
         compiled(input_ids=ids, position_ids=positions, logits_to_keep=rows)
 
 
-def test_bad_arguments() -> None:
-    compiled = compile_model(load_model(engine_model("llama")), backend="eager")
+def test_bad_arguments(made: Callable[[str], Made]) -> None:
+    compiled = made("llama").compiled
     ids, positions, rows = packed(4, 2)
     good = {"input_ids": ids, "position_ids": positions, "logits_to_keep": rows}
     bad: list[tuple[dict[str, Any], str]] = [

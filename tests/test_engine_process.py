@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -161,7 +162,7 @@ def test_many_samples_are_aborted_together(engine: Owner) -> None:
 
 
 def test_a_deadline(engine: Owner) -> None:
-    (sample,) = engine.outcome(engine.add(PROMPTS[0], FOREVER, timeout_s=0.05))
+    (sample,) = engine.outcome(engine.add(PROMPTS[0], FOREVER, deadline_s=time.monotonic() + 0.05))
     assert sample.end is not None
     assert sample.end.finish_reason == "deadline"
 
@@ -245,11 +246,7 @@ def test_signals_for_the_whole_group_do_not_end_it(process: tuple[Owner, int]) -
 
 def test_it_ends_with_its_owner_and_removes_the_directory() -> None:
     with owner() as made, child(made) as running:
-        assert isinstance(made.start(), Ready)
-        made.until(lambda: made.stats)
-        handle = made.add(PROMPTS[0], FOREVER)
-        made.until(lambda: made.samples[handle, 0].tokens)  # in the middle of its work
         assert running.stdin is not None
-        running.stdin.close()
-        assert running.wait(30) == 3
+        running.stdin.close()  # whatever it is doing: importing torch, here
+        assert running.wait(60) == 3
         assert not made.directory.exists()

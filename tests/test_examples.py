@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    "name", ["decoding.py", "generate.py", "growing_embedding.py", "custom_kernel.py"]
+    "name",
+    ["async_llm.py", "custom_kernel.py", "decoding.py", "generate.py", "growing_embedding.py"],
 )
 def test_example(name: str) -> None:
     done = subprocess.run(

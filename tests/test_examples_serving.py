@@ -6,12 +6,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from tests.server_fixtures import RunningServer
+from tests.running_server import RunningServer
 
-pytest_plugins = ["tests.server_fixtures"]
+pytest_plugins = ("tests.server_fixtures",)
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -38,30 +38,36 @@ class Script:
     """Uses everything that calls the driver: two streams, all operations, reuse, scratch, budgets.
 
     `failures` has the errors that arrived, one per injected failure at most: some are dealt with
-    where they happen.
+    where they happen. Until its only failure, a script that `fails_once` is what it is without one,
+    which another run has checked.
     """
 
-    def __init__(self, fake: FakeCuda, config: Config, *, retries: int = 1) -> None:
+    def __init__(self, fake: FakeCuda, config: Config, *, fails_once: bool = False) -> None:
         self.fake, self.order, self.window = fake, *config
-        self.retries = retries
+        self.fails_once = fails_once
         self.failures: list[type[Exception]] = []  # no tracebacks: they would keep the cache alive
         self.seqs: KeptSequences | None = None
 
     def attempt(self, act: Callable[[], T]) -> T:
         """The result of `act`; if it fails, nothing has changed, and it works when repeated."""
-        for _ in range(self.retries):
-            before = self.state()
-            try:
-                return act()
-            except (DriverError, OutOfPages) as error:
-                self.failures.append(type(error))
-                if isinstance(error, DriverError) and error.fatal:
-                    raise
-                assert self.state() == before
-                if self.seqs:
-                    self.seqs.check(f"after {error}")
-                self.recover()
+        if self.fails_once and self.failures:
+            return act()
+        before = self.state()
+        try:
+            return act()
+        except (DriverError, OutOfPages) as error:
+            self.failures.append(type(error))
+            if isinstance(error, DriverError) and error.fatal:
+                raise
+            assert self.state() == before
+            if self.seqs:
+                self.seqs.check(f"after {error}")
+            self.recover()
         return act()
+
+    def check(self, context: str) -> None:
+        if self.seqs and (not self.fails_once or self.fake.stats().failures_injected):
+            self.seqs.check(context)
 
     def recover(self) -> None:
         """Before the second try; for tests that take memory away."""
@@ -116,7 +122,7 @@ class Script:
         attempt(lambda: seqs.truncate(c, 39))
         grow(c, 41)  # copies what it shares before it writes
         attempt(lambda: seqs.assign([a, b, c], [b, c, a]))
-        seqs.check("after assign")
+        self.check("after assign")
         d = seqs.open()
         attempt(lambda: cache.ensure_many([a, d], [70, 30]))
         seqs.write(a)
@@ -124,7 +130,7 @@ class Script:
         attempt(lambda: seqs.assign([d, a], [a, c]))  # lengths differ: more to stage, less to keep
         for tokens in range(cache.tokens(d) + 1, 120, 3):  # with a window: pages come back
             grow(d, tokens, two)
-        seqs.check("after decode")
+        self.check("after decode")
         attempt(lambda: seqs.assign([d], [c]))  # whose tail ends in the middle of what d holds
 
         attempt(lambda: cache.mark_dirty(b))
@@ -142,7 +148,7 @@ class Script:
         attempt(cache.trim)
         grow(c, 80)
         self.keep_and_swap(seqs, c, one, two)
-        seqs.check("at the end")
+        self.check("at the end")
 
     def keep_and_swap(self, seqs: KeptSequences, c: int, one: int, two: int) -> None:
         """What is kept may be lost to a failure: it is a cache. What is left of it is right."""
@@ -158,12 +164,12 @@ class Script:
             grow(c, 62, one)  # copies what it shares before it writes
             attempt(lambda: cache.restore(c, len(writers), anchor, buffer, 62, stream=one))
             seqs.writers[c] += writers[62:]
-            seqs.check("restored to what was reopened")
+            self.check("restored to what was reopened")
             attempt(lambda: seqs.release(c, stream=two))
         c = seqs.open(slot=c)
         attempt(lambda: cache.restore(c, len(writers), anchor, buffer, stream=one))
         seqs.writers[c] = writers
-        seqs.check("restored")
+        self.check("restored")
         attempt(lambda: seqs.keep(f, stream=two))
         attempt(lambda: cache.pool.set_budget(60 * SMALL_PAGE))  # takes the end of it
         attempt(lambda: cache.pool.set_budget(PAGES * SMALL_PAGE))
@@ -180,9 +186,9 @@ class Script:
         seqs.cache.close()
 
 
-def run_script(fake: FakeCuda, config: Config, *, retries: int = 1) -> Script:
+def run_script(fake: FakeCuda, config: Config, *, fails_once: bool = False) -> Script:
     """Runs the script on a fresh fake, and proves that nothing is left of it."""
-    script = Script(fake, config, retries=retries)
+    script = Script(fake, config, fails_once=fails_once)
     script.run()
     if leaks := fake.leaks():
         gc.collect()
@@ -207,7 +213,7 @@ def run_failing(fake: FakeCuda, config: Config, name: str, position: int, code: 
     fresh(fake)
     fake.fail(name, position, code)
     try:
-        script = run_script(fake, config)
+        script = run_script(fake, config, fails_once=True)
     except BaseException as error:
         error.add_note(f"call {position} of {name} failed with {code}")
         raise

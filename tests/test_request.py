@@ -240,6 +240,8 @@ BAD_LANGUAGES: list[tuple[dict[str, Any], str]] = [
     ({"choice": ["a", ""]}, "choice=.* must be non-empty strings"),
     ({"json": 7}, "json=7 must be a JSON schema"),
     ({"json": {"a": {1, 2}}}, "is no JSON schema"),
+    ({"structural_tag": 7}, "structural_tag must be an object"),
+    ({"structural_tag": {1: {2}}}, "is no JSON"),
     ({"regex": "a", "disable_any_whitespace": True}, "are of json and json_object"),
     ({"choice": ["a"], "whitespace_pattern": " "}, "put it into the choice itself"),
     (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -136,11 +137,9 @@ class Release(BaseModel):
     stable: bool
 
 
-def test_structured_answers_are_parsed(server: RunningServer, client: openai.OpenAI) -> None:
-    # White space without end is JSON, too, and what a model this small would write.
-    tokenizer = server.llm.tokenizer
-    blank = {str(i): -100 for i in range(len(tokenizer)) if not tokenizer.decode([i]).strip()}
-    options: dict[str, Any] = {"model": MODEL, "max_tokens": 60, "seed": 1, "logit_bias": blank}
+def test_structured_answers_are_parsed(client: openai.OpenAI) -> None:
+    # White space without end is JSON, too, and what a model this small writes where it may.
+    options: dict[str, Any] = {"model": MODEL, "max_tokens": 60, "seed": 1}
     answer = client.chat.completions.parse(messages=CHAT, response_format=Release, **options)
     assert isinstance(answer.choices[0].message.parsed, Release)
     # An answer may be echoed with all that the client has put into it.
@@ -151,6 +150,50 @@ def test_structured_answers_are_parsed(server: RunningServer, client: openai.Ope
         messages=chat, response_format={"type": "json_object"}, **options
     )
     assert str(again.choices[0].message.content).lstrip().startswith("{")
+
+
+def test_chunks_are_alike(server: RunningServer) -> None:
+    """Of one stream and of any, and none but the last is empty, though tokens were held back."""
+    # Its tag tells of no call, and is held back until that shows.
+    text = "Yes. <tool_call> is a tag, and so is \u20ac."
+    tool = {"type": "function", "function": {"name": "f"}}
+    body = {"messages": CHAT, "max_tokens": 60, "stream": True}
+    options = [{}, {"tools": [tool], "structured_outputs": {"choice": [text]}, "logprobs": True}]
+    with server.http_client() as http:
+        for fields in options:
+            lines = http.post("/v1/chat/completions", json=body | fields).text.split("\n\n")
+            (*chunks, last) = (json.loads(line[6:])["choices"][0] for line in lines[:-2])
+            names = ["index", "delta", "logprobs", "finish_reason", "stop_reason"]
+            assert all(list(chunk) == names for chunk in [*chunks, last])
+            assert all(chunk["delta"].keys() & {"role", "content"} for chunk in chunks)
+            assert all(chunk["delta"]["content"] for chunk in chunks[1:])
+            assert last["finish_reason"]
+    assert "".join(chunk["delta"].get("content", "") for chunk in [*chunks, last]) == text
+    told = [chunk["logprobs"]["content"] for chunk in [*chunks, last] if chunk["logprobs"]]
+    spoken = bytes(byte for tokens in told for token in tokens for byte in token["bytes"])
+    assert spoken.decode().removesuffix("</s>") == text
+
+
+def test_the_log_tells_who_asked_and_what_it_took(
+    server: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = {"max_tokens": 3, "user": "me", "safety_identifier": "id-5", "ignore_eos": True}
+
+    async def logged() -> None:
+        while not caplog.records:  # which comes after the response
+            await asyncio.sleep(0)
+
+    with server.http_client() as http, caplog.at_level(logging.INFO, "vattn.server.access"):
+        for path, prompt in (("chat/", {"messages": CHAT}), ("", {"prompt": "A"})):
+            for stream in (False, True):
+                caplog.clear()
+                body = {**asked, **prompt, "stream": stream}
+                assert http.post(f"/v1/{path}completions", json=body).status_code == 200
+                server.call(asyncio.wait_for(logged(), 60))
+                record: Any = caplog.records[0]
+                assert (record.user, record.safety_identifier) == ("me", "id-5")
+                assert (record.completion_tokens, record.finish) == (3, "length")
+                assert record.prompt_tokens > 0
 
 
 def test_a_conversation_finds_its_past_in_the_cache(client: openai.OpenAI) -> None:

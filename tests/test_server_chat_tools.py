@@ -47,6 +47,23 @@ TOOLS: list[Any] = [
     },
 ]
 
+# Its arguments are longer than an answer may be.
+_PLACES = {"type": "string", "minLength": 300}
+LONG: list[Any] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {
+                "type": "object",
+                "properties": {"places": _PLACES},
+                "required": ["places"],
+                "additionalProperties": False,
+            },
+        },
+    }
+]
+
 
 @pytest.fixture
 def client(server: RunningServer) -> Iterator[openai.OpenAI]:
@@ -158,6 +175,34 @@ def test_some_function_is_called(client: openai.OpenAI, parallel: bool) -> None:
     for name, arguments in calls:
         value = json.loads(arguments)
         assert value["days"] in range(1, 10) if name == "weather" else value["utc"] in (True, False)
+
+
+NAMED: Any = {"type": "function", "function": {"name": "weather"}}
+CUT = 'Let me see.\n<tool_call>{"name": "weather", "arguments": {"days": 333333333333333'
+
+
+@pytest.mark.parametrize(
+    ("options", "begin"),
+    [
+        ({"tool_choice": "required", "tools": LONG}, "{"),
+        ({"tool_choice": NAMED, "tools": LONG}, "{"),
+        ({"extra_body": forced(CUT)}, '{"days": 333'),
+        ({"tool_choice": NAMED, "tools": LONG, "stop": "s"}, "{"),
+    ],
+)
+def test_a_call_that_is_cut_off(client: openai.OpenAI, options: Any, begin: str) -> None:
+    """By the length or a stop string: a stream and a whole answer tell the same part of it."""
+    options = {"max_tokens": 40, **options}
+    whole = ask(client, **options)
+    (call,) = whole.message.tool_calls
+    assert call.function.name == "weather"
+    assert call.function.arguments.startswith(begin)
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(call.function.arguments)
+    assert whole.finish_reason == ("stop" if "stop" in options else "length")
+    content, streamed, reason = ask_streaming(client, **options)
+    assert (content, reason) == (whole.message.content or "", whole.finish_reason)
+    assert [each["arguments"] for each in streamed] == [call.function.arguments]
 
 
 def test_a_whole_tool_loop(server: RunningServer, client: openai.OpenAI) -> None:

@@ -201,8 +201,8 @@ def test_prompt_logprobs(server: Any) -> None:
 def test_structured_outputs(server: Any) -> None:
     choice = {"structured_outputs": {"choice": ["left", "right"]}}
     assert ask(server, extra_body=choice).choices[0].text in ("left", "right")
-    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
-    schema["additionalProperties"] = False
+    schema: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "boolean"}}}
+    schema |= {"required": ["a"], "additionalProperties": False}
     tight = {"structured_outputs": {"json": schema, "disable_any_whitespace": True}}
     found = ask(server, extra_body=tight, max_tokens=32)
     assert set(json.loads(found.choices[0].text)) == {"a"}

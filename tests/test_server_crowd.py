@@ -68,10 +68,11 @@ def test_half_of_a_thousand_clients_leave(
         """What is wrong with what it got; None if nothing is, or it left."""
         prompt, tokens = rng.choice(PROMPTS), rng.randrange(2, 9)
         kind = rng.choice(("stream", "stream", "whole", "two", "two streamed", "prompts"))
-        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        body: dict[str, Any] = {"prompt": prompt}
+        body |= {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
         body["stream"] = "stream" in kind
-        body["n"] = 2 if "two" in kind else 1
-        expected = [wanted[prompt, tokens]] * body["n"]
+        body["n"] = samples = 2 if "two" in kind else 1
+        expected = [wanted[prompt, tokens]] * samples
         if kind == "prompts":
             body["prompt"] = [prompt, PROMPTS[0]]
             expected = [wanted[prompt, tokens], wanted[PROMPTS[0], tokens]]
@@ -101,7 +102,7 @@ def assert_idle(server: RunningServer) -> None:
     server.wait_idle()
     server.call(server.llm.check())
     server.state.admission.check()
-    assert (server.state.admission.requests, server.state.admission.tokens) == (0, 0)
+    assert (server.state.admission.samples, server.state.admission.tokens) == (0, 0)
     assert server.llm.live_requests() == []
     stats = server.llm.stats()
     assert stats is not None

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, cast
 
 import httpx
+import msgspec
 import pytest
 
 from tests.server_figures import FakeLLM, stats
 from vattn.async_llm import AsyncLLM, LiveRequest
 from vattn.engine_process.errors import EngineDeadError
+from vattn.request import Status
 from vattn.server.live import MAX_VIEWERS, LiveFeed
 from vattn.server.live_snapshot import Rates, cells, make
 from vattn.server.metrics import ServerMetrics
@@ -91,8 +94,32 @@ def test_snapshot_of_a_server_that_serves() -> None:
     first, second = found["requests"]
     assert (first["state"], first["time_to_first_token_s"]) == ("running", 0.5)
     assert (second["state"], second["time_to_first_token_s"]) == ("waiting", None)
+    # It waits by figures that are older than its first token.
+    llm.latest = msgspec.structs.replace(stats(1), requests=[(7, 0, int(Status.WAITING), 5)])
+    assert make(state, Rates(), pages)["requests"][0]["state"] == "running"
+    llm.latest = msgspec.structs.replace(llm.latest, monotonic_s=2.0)
+    assert make(state, Rates(), pages)["requests"][0]["state"] == "waiting"
     assert found["latency"]["inter_token"] == {"count": 0, "p50": None, "p90": None, "p99": None}
     json.dumps(found)
+
+
+def test_latencies_of_those_that_are_told_nothing_yet() -> None:
+    now = time.monotonic()
+    seen = [(first_s and now - 10 + first_s, streamed) for first_s, streamed in
+            ((0.5, False), (0.5, True), (0.0, False))]  # fmt: skip
+    live = [
+        LiveRequest(f"cmpl-{i}", 8, 16, 2, (20, 1), 4, now - 10, first_s, i, streamed)
+        for i, (first_s, streamed) in enumerate(seen)
+    ]
+    llm = FakeLLM(stats(1), requests=live)
+    state = state_of(llm)
+    found = make(state, Rates(), None)["latency"]
+    assert found["time_to_first_token"]["count"] == 1
+    assert found["time_to_first_token"]["p50"] == pytest.approx(0.5, rel=0.05)
+    assert found["inter_token"]["count"] == 19
+    assert found["inter_token"]["p50"] == pytest.approx(0.5, rel=0.05)
+    llm.requests = []
+    assert make(state, Rates(), None)["latency"]["time_to_first_token"]["count"] == 0
 
 
 def test_snapshot_without_an_engine() -> None:
@@ -232,6 +259,7 @@ def test_running_request_moves_in_the_stream(server: RunningServer) -> None:
                     len({s["requests"][0]["output_tokens"][0] for s in seen}) >= 3
                     and any(row["request"] for s in seen for row in s["map"]["rows"])
                     and any(s["memory"]["states"]["live"] for s in seen)
+                    and found["throughput"]["generation_tokens_per_s"]
                 ):
                     break
         finally:
@@ -246,6 +274,15 @@ def test_running_request_moves_in_the_stream(server: RunningServer) -> None:
     assert len(decoded(row["cells"])) == found["map"]["cells"]
     assert decoded(row["cells"])[0] in "lLsS"
     assert last["driver"]["count"] > 0
+    # It is no stream: nobody has been told of its tokens.
+    first = next(s for s in seen if any(s["requests"][0]["output_tokens"]))
+    assert first["latency"]["time_to_first_token"]["count"] > 0
+    assert last["throughput"]["generation_tokens_per_s"] > 0
+    assert last["totals"]["generation_tokens"] > 0
+    for found in seen:
+        speed = found["throughput"]
+        most = (speed["steps_per_s"] or 0) * server.llm.facts.max_num_seqs
+        assert (speed["generation_tokens_per_s"] or 0) <= most
 
 
 def test_viewer_that_leaves_stops_the_feed(server: RunningServer) -> None:

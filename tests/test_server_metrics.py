@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import httpx
 import pytest
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as parse_openmetrics,
@@ -16,6 +19,7 @@ from tests.server_figures import FACTS, FakeLLM, output, stats
 from vattn.async_llm import AsyncLLM
 from vattn.outputs import Timings
 from vattn.sampling_params import RequestOutputKind, SamplingParams
+from vattn.server.app import build_app
 from vattn.server.histograms import CountedHistogram, token_buckets
 from vattn.server.metrics import ServerMetrics
 from vattn.server.recent import WINDOW_S, Recent
@@ -51,10 +55,21 @@ def parsed(text: str) -> Samples:
 
 
 def scrape(server: RunningServer) -> Samples:
-    with server.http_client() as client:
-        response = client.get("/metrics")
+    figures = server.state.metrics
+    figures.keep_s = 0.0  # not what the scrape before got
+    try:
+        with server.http_client() as client:
+            response = client.get("/metrics")
+    finally:
+        del figures.keep_s
     assert response.status_code == 200
     return parsed(response.text)
+
+
+def growth(before: Samples, after: Samples, name: str, **labels: str) -> float:
+    known = {"model_name": "embedded", "engine": "0", **labels}
+    key = (f"vattn:{name}", frozenset(known.items()))
+    return after[key] - before[key]
 
 
 # One request --------------------------------------------------------------------------------------
@@ -70,9 +85,6 @@ def test_streamed_request_is_counted_once() -> None:
     record.end()
     record.end("error")
 
-    assert value(metrics, "prompt_tokens_total") == 8
-    assert value(metrics, "prompt_tokens_cached_total") == 3
-    assert value(metrics, "generation_tokens_total") == 4
     assert value(metrics, "request_success_total", finished_reason="length") == 1
     assert value(metrics, "request_success_total", finished_reason="error") == 0
     assert value(metrics, "time_to_first_token_seconds_count") == 1
@@ -108,8 +120,8 @@ def test_every_kind_of_output_has_the_same_counts(kind: RequestOutputKind) -> No
     record.output(last)
     record.end()
 
-    assert value(metrics, "generation_tokens_total") == 4
-    assert value(metrics, "prompt_tokens_total") == 8
+    assert value(metrics, "request_generation_tokens_sum") == 4
+    assert value(metrics, "request_prompt_tokens_sum") == 8
     assert value(metrics, "request_success_total", finished_reason="stop") == 1
     assert value(metrics, "time_to_first_token_seconds_count") == 1
     assert value(metrics, "inter_token_latency_seconds_count") == 2
@@ -131,6 +143,43 @@ def test_ends_that_outputs_do_not_tell() -> None:
     assert value(metrics, "e2e_request_latency_seconds_count") == 0
 
 
+OF_WHOLE_REQUESTS = (
+    "request_prompt_tokens", "request_prefill_kv_computed_tokens", "request_generation_tokens",
+    "request_max_num_generation_tokens", "request_params_n", "e2e_request_latency_seconds",
+    "request_queue_time_seconds", "request_inference_time_seconds", "request_prefill_time_seconds",
+    "request_decode_time_seconds",
+)  # fmt: skip
+
+
+def test_what_is_of_whole_requests_has_one_count() -> None:
+    metrics = metrics_of(FakeLLM())
+    params = SamplingParams(output_kind=RequestOutputKind.DELTA)
+    left = metrics.begin(params)
+    left.output(output({0: [1]}))
+    left.end()
+    late = metrics.begin(params)  # its time was over before it began
+    late.output(output({0: []}, reason="deadline", timings=Timings(1.0, finished_s=4.0)))
+    late.end()
+    slow = metrics.begin(params)  # and this one's before it had a token
+    slow.output(output({0: []}, reason="deadline", timings=Timings(1.0, 2.0, finished_s=4.0)))
+    slow.end()
+    assert {value(metrics, f"{name}_count") for name in OF_WHOLE_REQUESTS} == {2}
+    assert value(metrics, "request_success_total", finished_reason="abort") == 1
+    assert value(metrics, "request_queue_time_seconds_sum") == 3.0 + 1.0
+    assert value(metrics, "request_prefill_time_seconds_sum") == 2.0
+    assert value(metrics, "request_decode_time_seconds_sum") == 0.0
+
+
+def test_token_that_nobody_wants_is_not_the_requests() -> None:
+    metrics = metrics_of(FakeLLM())
+    record = metrics.begin(SamplingParams(max_tokens=1), only_prompt=True)
+    record.output(output({0: [5]}, reason="length", timings=Timings(1.0, 2.0, 3.0, 3.0, 3.0)))
+    record.end()
+    assert value(metrics, "request_generation_tokens_count") == 1
+    for name in ("generation_tokens", "max_num_generation_tokens", "params_max_tokens"):
+        assert value(metrics, f"request_{name}_sum") == 0
+
+
 # The engine ---------------------------------------------------------------------------------------
 
 
@@ -141,6 +190,7 @@ def test_counters_survive_a_restart_of_the_engine() -> None:
     assert value(metrics, "driver_calls_total", call="map") == 5
     assert value(metrics, "iteration_tokens_total_count") == 10
     assert value(metrics, "iteration_tokens_total_sum") == 40
+    assert value(metrics, "generation_tokens_total") == 40
 
     llm.latest, llm.is_ready = None, False
     assert value(metrics, "engine_up") == 0
@@ -150,6 +200,9 @@ def test_counters_survive_a_restart_of_the_engine() -> None:
     # More steps than before it: only the number of restarts tells that it is another process.
     llm.latest, llm.is_ready, llm.restarts = stats(12, tokens=13, maps=2), True, 1
     assert value(metrics, "num_preemptions_total") == 22
+    assert value(metrics, "generation_tokens_total") == 53
+    assert value(metrics, "prompt_tokens_total") == 220
+    assert value(metrics, "prompt_tokens_cached_total") == 22
     assert value(metrics, "driver_calls_total", call="map") == 7
     assert value(metrics, "driver_calls_total", call="unmap") == 2
     assert value(metrics, "driver_seconds_total", call="map") == pytest.approx(7e-3)
@@ -213,6 +266,9 @@ def test_recent_percentiles_and_their_end() -> None:
 
 def test_labels_cannot_be_made_up() -> None:
     metrics = metrics_of(FakeLLM())
+    assert metrics.registry.get_sample_value(
+        "vattn:requests_rejected_total", {"reason": "tokens"}
+    ) == 0  # fmt: skip
     metrics.http("BREW", None, 404, 0.1)
     metrics.http("GET", "/v1/models/{model}", 200, 0.1)
     metrics.rejected("queue")
@@ -235,14 +291,9 @@ def test_known_requests_on_a_server(server: RunningServer) -> None:
     server.wait_idle()
     after = scrape(server)
 
-    def grown(name: str, **labels: str) -> float:
-        key = (
-            f"vattn:{name}",
-            frozenset({"model_name": "embedded", "engine": "0", **labels}.items()),
-        )
-        return after[key] - before[key]
-
-    assert grown("prompt_tokens_total") == 8
+    grown = partial(growth, before, after)
+    assert grown("prompt_tokens_total") == 16, "of two samples each"
+    assert grown("request_prompt_tokens_sum") == 8
     assert grown("generation_tokens_total") == 24
     assert grown("request_success_total", finished_reason="length") == 2
     assert grown("inter_token_latency_seconds_count") == 20
@@ -254,6 +305,49 @@ def test_known_requests_on_a_server(server: RunningServer) -> None:
     labels = {"method": "POST", "handler": "/v1/completions", "status": "200"}
     key = ("vattn:http_requests_total", frozenset(labels.items()))
     assert after[key] - before.get(key, 0) == 2
+
+
+def test_requests_without_an_end_or_without_a_token(server: RunningServer) -> None:
+    before = scrape(server)
+    with server.client() as client:
+        asked: Any = {"model": "embedded", "prompt": [5, 6, 7, 8]}
+        client.completions.create(**asked, max_tokens=0, echo=True)
+        with client.completions.create(
+            **asked, max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+        ) as left:
+            next(iter(left))
+    server.wait_idle()
+    grown = partial(growth, before, scrape(server))
+    assert grown("request_success_total", finished_reason="length") == 1
+    assert grown("request_success_total", finished_reason="abort") == 1
+    assert {grown(f"{name}_count") for name in OF_WHOLE_REQUESTS} == {1}
+    assert grown("request_generation_tokens_sum") == 0
+    assert grown("request_prompt_tokens_sum") == 4
+    assert grown("generation_tokens_total") >= 2
+
+
+def test_refused_requests_are_told_by_their_route() -> None:
+    async def run() -> None:
+        settings = ServerSettings(api_keys=("secret",), max_body_bytes=100)
+        app = build_app(cast(AsyncLLM, FakeLLM(stats(1))), settings)
+        transport = httpx.ASGITransport(app)
+        key = {"Authorization": "Bearer secret"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            await client.post("/v1/completions", json={})
+            await client.post("/v1/completions", content=b" " * 200, headers=key)
+            await client.get("/v1/completions", headers=key)
+            await client.get("/wp-admin.php")
+            read = app.state.vattn.metrics.registry.get_sample_value
+        told = [
+            read("vattn:http_requests_total", {"method": m, "handler": h, "status": status})
+            for m, h, status in (
+                ("POST", "/v1/completions", "401"), ("POST", "/v1/completions", "413"),
+                ("GET", "/v1/completions", "405"), ("GET", "none", "401"),
+            )
+        ]  # fmt: skip
+        assert told == [1, 1, 1, 1]
+
+    asyncio.run(run())
 
 
 def test_every_documented_name_is_there(server: RunningServer) -> None:
@@ -278,3 +372,16 @@ def test_openmetrics_for_who_accepts_it(server: RunningServer) -> None:
     assert response.headers["content-type"].startswith("application/openmetrics-text")
     families = parse_openmetrics(response.text)  # type: ignore[no-untyped-call]
     assert {family.name for family in families} >= {"vattn:prompt_tokens"}
+
+
+def test_many_scrapes_cost_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("vattn.server.metrics.time.monotonic", lambda: now)
+    metrics = metrics_of(FakeLLM())
+    first = metrics.rendered(openmetrics=False)
+    metrics.http("GET", "/health", 200, 0.1)
+    assert metrics.rendered(openmetrics=False) is first
+    assert metrics.rendered(openmetrics=True).endswith(b"# EOF\n")
+    now += metrics.keep_s
+    assert b'handler="/health"' in metrics.rendered(openmetrics=False)
+    assert b'handler="/health"' not in first

@@ -315,3 +315,13 @@ def test_a_language_that_ran_out_of_states_is_compiled_again(
     assert "too many states" in str(explain(request))
     again = make_request(compiler, 1, regex=regex)
     assert allowed(masks, [again])[0] != set()
+
+
+def test_a_language_that_only_its_first_output_can_begin_is_refused(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``(a{1000}){1000}``, whose first mask uses up what a lexer may hold: it takes seconds."""
+    can_begin = iter((True, False, False))
+    monkeypatch.setattr(Grammar, "has_tokens", lambda grammar: next(can_begin))
+    with pytest.raises(ValueError, match="cannot be compiled"):
+        compiler.compile(StructuredOutputsParams(regex="a{3}"))

@@ -150,6 +150,19 @@ def test_every_kind_of_language(llm: vattn.LLM, n: int, ignore_eos: bool) -> Non
     assert [json.loads(text) for text in const] == ["😀é\n"] * n
 
 
+def test_free_text_with_json_in_it(llm: vattn.LLM) -> None:
+    """It ends where the model ends it, or with its tokens, but not by itself."""
+    (brace,) = llm.get_tokenizer().encode("{", add_special_tokens=False)
+    structure = {"begin": "{", "schema": {"enum": [[1], "two"]}, "end": "}"}
+    tag = {"type": "structural_tag", "triggers": ["{"], "structures": [structure]}
+    params = structured(structural_tag=tag, max_tokens=40, n=3, logit_bias={brace: 14.0})
+    samples = [sample for output in generate(llm, [params] * 4) for sample in output.outputs]
+    whole = re.compile(r"""(?:[^{]|{(?:\[ *1 *\]|"two")})*(?:{(?:\[? *|\[ *1 *\]?|"?t?w?o?))?""")
+    assert all(whole.fullmatch(sample.text) for sample in samples)
+    assert {sample.finish_reason for sample in samples} <= {"stop", "length"}
+    assert any("}" in sample.text for sample in samples)
+
+
 def test_an_output_may_be_empty(llm: vattn.LLM) -> None:
     ends, cannot = generate(llm, [structured(regex="", ignore_eos=each) for each in (False, True)])
     assert stopped(ends) == [""]

@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from vattn._core import DriverError, InvariantError, OutOfPages, OutOfSlots, PagesGone
+from vattn.version import __version__
 
 if TYPE_CHECKING:
     from vattn import allocator
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
         StructuredOutputsParams,
     )
     from vattn.virtual_tensor import VirtualTensor, reserve
-
-__version__ = "0.1.0"
 
 # torch and transformers take seconds to import, and `vattn --help` needs neither: what needs them
 # is imported when it is first asked for.

@@ -36,6 +36,7 @@ class LiveRequest:
     arrival_s: float  # of time.monotonic
     first_token_s: float  # 0 for not yet
     handle: int  # as in PageRows and Stats
+    is_streamed: bool = True  # whether its caller gets outputs before the last one
 
 
 class AsyncLLM:
@@ -125,6 +126,9 @@ class AsyncLLM:
     async def start(self) -> None:
         """Starts the engine process and waits until it serves; again is nothing.
 
+        After :meth:`close` it starts anew. While it waits, leaving it ends what has begun, unless
+        another task waits for the same.
+
         Raises:
             ValueError: the model or the settings are at fault.
             EngineDeadError: the process died, or took too long.
@@ -158,7 +162,9 @@ class AsyncLLM:
             sampling_params: None for the model's own.
             request_id: unique among those that are unfinished.
             priority: smaller first; needs ``scheduling_policy="priority"``.
-            timeout_s: as for :meth:`vattn.LLM.generate`.
+            timeout_s: seconds after which it ends with what it has, for the reason
+                ``"deadline"``; from the first output that is asked for, so that tokenizing and
+                compiling are part of them. None for no limit.
 
         Raises:
             RequestRefused: a ValueError; the prompt or its parameters cannot be served, or the id
@@ -275,6 +281,7 @@ class AsyncLLM:
                 arrival_s=mirror.samples[0].timings.arrival_s,
                 first_token_s=mirror.samples[0].timings.first_token_s,
                 handle=mirror.handle,
+                is_streamed=mirror.is_streamed,
             )
             for mirror in self._owner.mirrors.values()
             if not mirror.is_finished
@@ -289,11 +296,13 @@ class AsyncLLM:
     async def set_budget(self, budget_bytes: int | str) -> BudgetReport:
         """Moves the KV cache's budget; memory beyond it goes back to the device.
 
+        Engine processes that replace this one begin with it.
+
         Raises:
             ValueError: no size.
         """
         budget = parse_bytes(budget_bytes, "budget_bytes")
-        return await self._owner.ask("set_budget", budget, BudgetReport)
+        return await self._owner.set_budget(budget)
 
     async def reset_prefix_cache(self) -> None:
         """Forgets the K and V of finished requests."""

@@ -55,7 +55,7 @@ def parse_bytes(text: str | int, name: str = "size", otherwise: str = "") -> int
         value = positive_int(text, name, otherwise)
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-        if match is None or match[2] not in _UNITS:
+        if not text.isascii() or match is None or match[2] not in _UNITS:
             raise ValueError(
                 f"{name}={text!r} is not a size; write 512MiB, 2GB or a number{otherwise}"
             )

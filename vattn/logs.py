@@ -10,8 +10,12 @@ from typing import Any, TextIO
 
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("text", "json")
+_LONGEST = 200  # characters of a text given as ``extra``; clients choose some of them
 # What every record has; the rest was given as ``extra``.
-_USUAL = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_USUAL = frozenset(vars(logging.makeLogRecord({}))) | {
+    *("message", "asctime", "taskName"),
+    "color_message",  # uvicorn's, for its own formatter
+}
 
 
 def setup(
@@ -43,8 +47,8 @@ def setup(
 
 
 def extra_fields(record: logging.LogRecord) -> dict[str, Any]:
-    """What was given as ``extra``."""
-    return {name: value for name, value in vars(record).items() if name not in _USUAL}
+    """What was given as ``extra``; long texts are cut."""
+    return {name: _cut(value) for name, value in vars(record).items() if name not in _USUAL}
 
 
 class JsonFormatter(logging.Formatter):
@@ -69,12 +73,25 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """See :func:`setup`."""
-        extra = "".join(f" {name}={value}" for name, value in extra_fields(record).items())
+        extra = "".join(f" {name}={_quoted(value)}" for name, value in extra_fields(record).items())
         level, message = record.levelname.lower(), record.getMessage()
         line = f"{_time(record)} {level:7} {record.name}: {message}{extra}"
         if record.exc_info:
             line = f"{line}\n{self.formatException(record.exc_info)}"
         return line
+
+
+def _cut(value: Any) -> Any:
+    is_long = isinstance(value, str) and len(value) > _LONGEST
+    return f"{value[:_LONGEST]}..." if is_long else value
+
+
+def _quoted(value: Any) -> str:
+    """As it is if it is one word; else so that it can be no other field, nor a line of its own."""
+    text = str(value)
+    if text.isprintable() and not set(' "=') & set(text):
+        return text
+    return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def _time(record: logging.LogRecord) -> str:

@@ -9,6 +9,9 @@ from typing import Any
 from vattn.outputs import KVUsage, Logprob, Timings
 from vattn.sampling_params import SamplingParams
 
+# In what a request ended with that needs more pages than the budget has.
+OUT_OF_PAGES = "out of pages"
+
 
 class Status(enum.IntEnum):
     """Where a request is."""

@@ -7,9 +7,13 @@ import json
 import math
 import numbers
 import operator
+import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from vattn.structural_tag import tag_text
 
 _LIMIT = 2**63
 MAX_LOGPROBS = 1024
@@ -40,10 +44,14 @@ class StructuredOutputsParams:
         grammar: a context-free grammar, as Lark writes them (see the documentation of llguidance),
             or GBNF with a rule ``root``.
         json_object: any JSON object.
-        disable_any_whitespace: JSON without whitespace between its parts; with ``json`` and
-            ``json_object``.
+        structural_tag: free text with JSON in it, as text or as a mapping: ``{"type":
+            "structural_tag", "triggers": [...], "structures": [{"begin", "schema", "end"}, ...]}``.
+            From where a trigger appears the output goes on as one of the structures whose
+            ``begin`` starts with it: ``begin``, JSON of ``schema``, ``end``.
+        disable_any_whitespace: JSON without whitespace between its parts; with ``json``,
+            ``json_object`` and ``structural_tag``.
         whitespace_pattern: JSON with whitespace between its parts that matches this regular
-            expression; with ``json`` and ``json_object``.
+            expression; with the same.
 
     Raises:
         ValueError: none or several of them, or a value of the wrong type. Whether a schema or a
@@ -55,11 +63,12 @@ class StructuredOutputsParams:
     choice: Sequence[str] | None = None
     grammar: str | None = None
     json_object: bool = False
+    structural_tag: str | Mapping[str, Any] | None = None
     disable_any_whitespace: bool = False
     whitespace_pattern: str | None = None
 
     def __post_init__(self) -> None:
-        kinds = ("json", "regex", "choice", "grammar", "json_object")
+        kinds = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
         given = [name for name in kinds if getattr(self, name) not in (None, False)]
         if len(given) != 1:
             raise ValueError(
@@ -73,16 +82,16 @@ class StructuredOutputsParams:
             _check_boolean(self, name)
         if self.disable_any_whitespace and self.whitespace_pattern is not None:
             raise ValueError("give disable_any_whitespace or whitespace_pattern, not both")
-        is_json = self.json is not None or self.json_object
+        is_json = given[0] in ("json", "json_object", "structural_tag")
         if not is_json and (self.disable_any_whitespace or self.whitespace_pattern is not None):
             raise ValueError(
-                "disable_any_whitespace and whitespace_pattern are of json and json_object; put "
-                f"it into the {given[0]} itself"
+                "disable_any_whitespace and whitespace_pattern are of json and json_object, and of "
+                f"structural_tag; put it into the {given[0]} itself"
             )
         self._normalize()
 
     def _normalize(self) -> None:
-        """A schema becomes text, choices a tuple."""
+        """A schema and structural tags become text, choices a tuple."""
         if self.choice is not None:
             choice = None if isinstance(self.choice, str) else _list(self.choice)
             if not choice or not all(isinstance(text, str) and text for text in choice):
@@ -101,6 +110,8 @@ class StructuredOutputsParams:
                 f"json={self.json!r} must be a JSON schema: text, a mapping or a pydantic model"
             )
         object.__setattr__(self, "json", schema)
+        if self.structural_tag is not None:
+            object.__setattr__(self, "structural_tag", tag_text(self.structural_tag))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +291,7 @@ class SamplingParams:
 
     def _token_ids(self, name: str) -> tuple[int, ...]:
         ids = _list(getattr(self, name))
-        if ids is None or not all(_is_whole(token) and token >= 0 for token in ids):
+        if ids is None or not all(_is_token_id(token) for token in ids):
             raise ValueError(f"{name}={getattr(self, name)!r} must be token ids, 0 or more")
         return tuple(operator.index(token) for token in ids)
 
@@ -331,15 +342,22 @@ class BeamSearchParams:
             )
 
 
+def _is_token_id(value: Any) -> bool:
+    """Whether it is one that some vocabulary may have, and that fits in 64 bits."""
+    return _is_whole(value) and 0 <= value < 1 << 63
+
+
 def _biases(given: Any) -> dict[int, float]:
     """Token ids (JSON writes them as text) and what is added to their logits."""
     if not isinstance(given, Mapping):
         raise ValueError(f"logit_bias={given!r} must map token ids to numbers")
     biases: dict[int, float] = {}
     for token, bias in given.items():
-        number = int(token) if isinstance(token, str) and token.isdecimal() else token
-        if not _is_whole(number) or number < 0:
-            raise ValueError(f"logit_bias has {token!r}, which is no token id, 0 or more")
+        is_written = isinstance(token, str) and re.fullmatch("[0-9]{1,19}", token)
+        number = int(token) if is_written else token
+        if not _is_token_id(number):
+            shown = reprlib.repr(token)
+            raise ValueError(f"logit_bias has {shown}, which is no token id, 0 or more")
         if not _is_number(bias) or math.isnan(bias):
             raise ValueError(f"logit_bias of token {number} is {bias!r}, which is no number")
         if operator.index(number) in biases:

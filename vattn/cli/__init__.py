@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 import vattn
 from vattn.cli import doctor, generate, serve, top
 from vattn.cli.console import CliError, fail
+from vattn.cli.plain_help import PlainHelp
 
 __all__ = ["app"]
 
@@ -72,6 +73,6 @@ def main(
 
 
 app.command()(generate.generate)
-app.command()(serve.serve)
+app.command(cls=PlainHelp)(serve.serve)
 app.command()(doctor.doctor)
 app.command()(top.top)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +53,8 @@ _RENAMED = {
     "request_timeout": "request_timeout_s",
     "body_timeout": "body_timeout_s",
 }
+# Of difflib: a letter or two of a name.
+_NEAR = 0.8
 
 logger = logging.getLogger("vattn.server")
 
@@ -62,19 +66,39 @@ def serve(**given: Any) -> None:
     --max-num-seqs by VATTN_MAX_NUM_SEQS.
     """
     flags = Flags(**given)
+    unknown = _unknown_variables()
     settings = server_settings(flags)
     options = engine_options(flags)
     # Only what can work comes here: now torch and the server may be imported.
     from vattn import logs
 
     logs.setup(settings.log_level, settings.log_format)
-    for name in unknown_variables(PREFIX, [variable(field.name) for field in fields(Flags)]):
+    for name in unknown:
         logger.warning("%s in the environment is no setting of vattn serve; ignored", name)
     raise typer.Exit(_run(flags.model, settings, options))
 
 
 serve.__signature__ = inspect.signature(Flags)  # type: ignore[attr-defined]
 serve.__annotations__ = {**Flags.__annotations__, "return": None}
+
+
+def _unknown_variables() -> list[str]:
+    """Variables that look like settings and are none.
+
+    Raises:
+        BadInput: one looks like a mistyped setting, or has a key that would guard nothing.
+    """
+    known = [variable(field.name) for field in fields(Flags)]
+    names = [each.removeprefix(PREFIX) for each in known]
+    unknown = unknown_variables(PREFIX, known)
+    for name in unknown:
+        near = get_close_matches(name.removeprefix(PREFIX), names, n=1, cutoff=_NEAR)
+        if near or "KEY" in name:
+            meant = variable(near[0] if near else "api_key")
+            raise BadInput(
+                f"{name} in the environment is no setting of vattn serve; use {meant}, or unset it"
+            )
+    return unknown
 
 
 def server_settings(flags: Flags) -> ServerSettings:
@@ -119,10 +143,12 @@ def engine_options(flags: Flags) -> dict[str, Any]:
         EngineConfig(**options)
     except ValueError as error:
         raise BadInput(_with_flags(error)) from error
-    if flags.engine_timeout is not None:
-        if flags.engine_timeout <= 0:
-            raise BadInput(f"--engine-timeout {flags.engine_timeout:g} must be above 0")
-        options["engine_timeout_s"] = flags.engine_timeout
+    for name in ("engine_timeout", "start_timeout"):
+        if (seconds := getattr(flags, name)) is not None:
+            if not 0 < seconds < math.inf:
+                flag = f"--{name.replace('_', '-')}"
+                raise BadInput(f"{flag} {seconds:g} must be above 0, and finite")
+            options[f"{name}_s"] = seconds
     loading = {name: getattr(flags, name) for name in _LOADING}
     return options | {name: value for name, value in loading.items() if value is not None}
 
@@ -197,6 +223,6 @@ def _with_flags(error: ValueError) -> str:
     text = one_line(error)
     for field in fields(Flags):
         name = _RENAMED.get(field.name, field.name)
-        if text.startswith(f"{name}="):
+        if text.startswith((f"{name}=", f"{name} ")):
             return f"--{field.name.replace('_', '-')} {text[len(name) + 1 :]}"
     return text

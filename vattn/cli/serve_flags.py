@@ -65,6 +65,7 @@ class Flags:
         _Text,
         typer.Argument(
             metavar="MODEL",
+            envvar=variable("model"),
             help="A model directory or an id of the Hugging Face Hub; default: the embedded model.",
             show_default=False,
         ),
@@ -119,6 +120,15 @@ class Flags:
             "--engine-timeout",
             _SERVER,
             "A step that takes longer counts as a hang, and the engine starts anew; default 120.",
+            "SECONDS",
+        ),
+    ] = None
+    start_timeout: Annotated[
+        _Float,
+        _number(
+            "--start-timeout",
+            _SERVER,
+            "For the model to be fetched and loaded; default 1800.",
             "SECONDS",
         ),
     ] = None
@@ -285,7 +295,7 @@ class Flags:
         _whole(
             "--max-queued-requests",
             _LIMITS,
-            "Prompts that may wait beside those that run; more get 429. Default 2048.",
+            "Samples (n of each prompt) that may wait beside those that run; default 2048.",
         ),
     ] = None
     max_queued_tokens: Annotated[
@@ -293,7 +303,7 @@ class Flags:
         _whole(
             "--max-queued-tokens",
             _LIMITS,
-            "Tokens of all unfinished prompts, with those to come; more get 429.",
+            "Tokens of all unfinished samples, with those to come; more get 429.",
         ),
     ] = None
     max_body_bytes: Annotated[

@@ -12,7 +12,7 @@ from vattn.engine.gangs import is_lead
 from vattn.engine.holdings import Holdings
 from vattn.engine.policy import NeverFits
 from vattn.kv.prefix import common
-from vattn.request import Request
+from vattn.request import OUT_OF_PAGES, Request
 
 # Sharing less than this by a fork costs more calls than computing it again.
 MIN_FORK_TOKENS = 16
@@ -165,7 +165,7 @@ class Admission(Holdings):
         needed, budget = self.cache.admission_pages(total), self._budget_pages()
         if needed > budget:
             raise NeverFits(
-                f"its {len(request.tokens)} tokens need {needed} pages of "
+                f"{OUT_OF_PAGES}: its {len(request.tokens)} tokens need {needed} pages of "
                 f"{self.cache.pool.page_bytes} bytes, and the budget of the KV cache is {budget} "
                 "pages; shorten the prompt or raise the budget"
             )
@@ -183,7 +183,7 @@ class Admission(Holdings):
         if needed <= self._budget_pages() and self._others_bytes() > 0:
             return None
         return (
-            f"out of pages: {whose} {len(request.tokens)} tokens need {needed} pages of "
+            f"{OUT_OF_PAGES}: {whose} {len(request.tokens)} tokens need {needed} pages of "
             f"{self.cache.pool.page_bytes} bytes, and the budget of the KV cache is "
             f"{self._budget_pages()} pages; raise the budget, or {remedy}"
         )

@@ -53,7 +53,7 @@ class Backend:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        kinds = _decoder_kinds(tokenizer)
+        kinds = decoder_kinds(tokenizer)
         added = tokenizer.get_added_tokens_decoder()
         self.special = frozenset(token for token, content in added.items() if content.special)
         self.byte_tokens = _byte_tokens(tokenizer) if "ByteFallback" in kinds else frozenset()
@@ -87,7 +87,7 @@ class Backend:
         return self.decode(tokens)
 
 
-def _decoder_kinds(tokenizer: Tokenizer) -> set[str]:
+def decoder_kinds(tokenizer: Tokenizer) -> set[str]:
     """Names of the decoders that a tokenizer's one is made of; none of one made in Python."""
     try:
         state = json.loads(tokenizer.decoder.__getstate__())

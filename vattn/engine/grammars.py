@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vattn.engine.structural_tags import structural_grammar
 from vattn.sampling_params import StructuredOutputsParams
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 # Compiling takes up to seconds for a text of this length.
 MOST_CHARACTERS = 1 << 18
+CANNOT_BE_COMPILED = "structured_outputs cannot be compiled"
 # Compiled languages that are kept for the next request that asks for the same. Their lexers grow
 # with use, a hard one to tens of MB, and llguidance does not tell their size.
 _KEPT = 16
@@ -39,11 +41,15 @@ class Vocabulary:
         tokenizer: has all of the model's tokens, and the one that stands for the end.
         end: the bit of a mask that says that the output may end.
         eos_token_ids: of the model.
+        special: tokens that llguidance does not take for text, by name.
+        plain: those that are text to their tokenizer: added ones that are written as ``<...>``.
     """
 
     tokenizer: LLTokenizer
     end: int
     eos_token_ids: frozenset[int]
+    special: Mapping[str, int]
+    plain: frozenset[int]
 
     @property
     def words(self) -> int:
@@ -158,7 +164,7 @@ class GrammarCompiler:
 
         limits = LLParserLimits(max_lexer_states=_LEXER_STATES, verbose_errors=False)
         try:
-            text = _source(params)
+            text = _source(params, vocabulary)
             _, messages = LLMatcher.validate_grammar_with_warnings(
                 text, vocabulary.tokenizer, limits=limits
             )
@@ -167,13 +173,12 @@ class GrammarCompiler:
             grammar = Grammar(
                 vocabulary, LLMatcher(vocabulary.tokenizer, text, log_level=0, limits=limits)
             )
-            if not grammar.copy().has_tokens():
+            # Twice: the first may use up what the lexer, which all copies share, can hold.
+            if not (grammar.copy().has_tokens() and grammar.copy().has_tokens()):
                 raise ValueError(_why_empty(grammar.copy()))
         except (ValueError, RecursionError) as error:
             shown = given if len(given) <= _ERROR_CHARACTERS else f"{given[:_ERROR_CHARACTERS]}..."
-            raise ValueError(
-                f"structured_outputs cannot be compiled: {kind}={shown!r}: {error}"
-            ) from error
+            raise ValueError(f"{CANNOT_BE_COMPILED}: {kind}={shown!r}: {error}") from error
         return grammar
 
     def _make_vocabulary(self) -> Vocabulary:
@@ -204,7 +209,29 @@ class GrammarCompiler:
                 f"structured_outputs cannot be had with this tokenizer, a "
                 f"{type(self._tokenizer).__name__}: {error}"
             ) from error
-        return Vocabulary(tokenizer, end, self._eos_token_ids)
+        added = {
+            token: content
+            for token, content in backend.get_added_tokens_decoder().items()
+            if token != end and tokenizer.is_special_token(token)
+        }
+        return Vocabulary(
+            tokenizer,
+            end,
+            self._eos_token_ids,
+            special={content.content: token for token, content in added.items()},
+            plain=frozenset(token for token, content in added.items() if not content.special),
+        )
+
+
+def problem(params: StructuredOutputsParams) -> str | None:
+    """What is wrong with a language, as far as that shows without a tokenizer; or None."""
+    from llguidance import LLMatcher
+
+    try:
+        _, messages = LLMatcher.validate_grammar_with_warnings(_source(params))
+    except (ValueError, RecursionError) as error:
+        return str(error)
+    return readable("; ".join(messages)) or None
 
 
 def readable(error: str) -> str:
@@ -223,18 +250,18 @@ def _why_empty(grammar: Grammar) -> str:
 
 
 def _asked(params: StructuredOutputsParams) -> tuple[str, str]:
-    """Which of the five it is, and what was given, as text."""
+    """Which of them it is, and what was given, as text."""
     if params.choice is not None:
         return "choice", str(list(params.choice))
-    for kind in ("json", "regex", "grammar"):
+    for kind in ("json", "regex", "grammar", "structural_tag"):
         given = getattr(params, kind)
         if given is not None:
             return kind, given
     return "json_object", "True"
 
 
-def _source(params: StructuredOutputsParams) -> str:
-    """The language as llguidance reads it."""
+def _source(params: StructuredOutputsParams, vocabulary: Vocabulary | None = None) -> str:
+    """The language as llguidance reads it; it may use tokens of the vocabulary."""
     import llguidance
     from llguidance import LLMatcher
 
@@ -245,19 +272,33 @@ def _source(params: StructuredOutputsParams) -> str:
     if params.grammar is not None:
         is_gbnf = re.search(r"^\s*root\s*::=", params.grammar, re.MULTILINE)
         return llguidance.grammar_from("gbnf" if is_gbnf else "lark", params.grammar)
+    options = _json_options(params)
+    if isinstance(params.structural_tag, str):
+        tag = json.loads(params.structural_tag)
+        for structure in tag["structures"]:
+            check_schema(structure["schema"])
+        special = {} if vocabulary is None else vocabulary.special
+        return structural_grammar(
+            tag, options, special, vocabulary.plain if vocabulary is not None else ()
+        )
     schema: Any = {"type": "object"}
     if isinstance(params.json, str):
         schema = json.loads(params.json)
-        _check_schema(schema)
+        check_schema(schema)
     if schema is True:  # which llguidance takes no options for
         schema = {}
+    return LLMatcher.grammar_from_json_schema(schema, overrides=options)  # type: ignore[arg-type]
+
+
+def _json_options(params: StructuredOutputsParams) -> dict[str, Any]:
+    """For llguidance, of schemas."""
     # Lenient, it would leave out what it does not know.
     options: dict[str, Any] = {"lenient": False}
     if params.disable_any_whitespace:
         options |= {"whitespace_flexible": False}
     if params.whitespace_pattern is not None:
         options |= {"whitespace_flexible": True, "whitespace_pattern": params.whitespace_pattern}
-    return LLMatcher.grammar_from_json_schema(schema, overrides=options)  # type: ignore[arg-type]
+    return options
 
 
 def _literal(text: str) -> str:
@@ -265,8 +306,12 @@ def _literal(text: str) -> str:
     return "".join(c if c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
 
 
-def _check_schema(schema: Any) -> None:
-    """Refuses what is no schema, and what llguidance accepts and does not keep to."""
+def check_schema(schema: Any) -> None:
+    """Refuses what is no schema, and what llguidance accepts and does not keep to.
+
+    Raises:
+        ValueError: it says what.
+    """
     if schema is False:
         raise ValueError("no output is in it")
     if schema is not True and not isinstance(schema, dict):

@@ -7,7 +7,6 @@ anything per step.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -205,7 +204,7 @@ class OutputProcessor:
             outputs=[self.completion(request, kind) for request in told],
             finished=all(request.finished for request in samples),
             num_cached_tokens=samples[0].cached,
-            metrics=copy.copy(samples[0].timings),
+            metrics=samples[0].timings.copy(),
             prompt_logprobs=self._prompt_logprobs(samples[0], kind),
         )
 

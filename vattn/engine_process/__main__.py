@@ -55,4 +55,7 @@ def _remove_sockets(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # to take the interpreter and its libraries down takes seconds

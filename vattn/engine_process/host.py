@@ -68,6 +68,8 @@ def _serve(commands: zmq.Socket[bytes], news: zmq.Socket[bytes]) -> int:
     try:
         start = _read_start(commands.recv())
         llm = make_llm(start)
+        if start.budget_bytes is not None:
+            llm.engine.storage.memory.set_budget(start.budget_bytes)
     except Exception as error:
         is_input = isinstance(error, ValueError | TypeError | OSError)
         if not is_input:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from typing import Any, Self
 
 import zmq
@@ -31,6 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 _POLL_MS = 200
+_AT_ONCE_S = 1e-6
 
 
 class CommandReader:
@@ -50,7 +52,7 @@ class CommandReader:
         self._engine = engine
         self._loop = loop
         self._lock = threading.Lock()
-        self._compiling: dict[int, int] = {}  # handles, with how many samples
+        self._compiling: dict[int, tuple[Add, int]] = {}  # handles; commands and their samples
         self._to_compile: queue.SimpleQueue[tuple[Add, SamplingParams] | None] = queue.SimpleQueue()
         self._closing = False
         self._reader = threading.Thread(target=self._read, name="vattn-commands", daemon=True)
@@ -73,6 +75,8 @@ class CommandReader:
                     decode_command(self._commands.recv())
                 ):
                     return
+                if self._compiling:
+                    self._end_late()
         except Exception as error:  # nothing can be understood from here on
             _log.exception("a command cannot be read")
             self._loop.fail(error)
@@ -104,19 +108,22 @@ class CommandReader:
             self._make(command, params)
             return
         with self._lock:
-            self._compiling[command.handle] = params.n
+            self._compiling[command.handle] = command, params.n
         self._to_compile.put((command, params))
 
     def _compile(self) -> None:
         while (asked := self._to_compile.get()) is not None and not self._closing:
-            if asked[0].handle in self._compiling:  # was not aborted
+            if asked[0].handle in self._compiling:  # has not ended
                 self._make(*asked, compiles=True)
 
     def _make(self, command: Add, params: SamplingParams, *, compiles: bool = False) -> None:
         handle = command.handle
         # Unique, and tells who it is in a log.
         name = f"{command.name}#{handle}"
-        error = None
+        error = timeout_s = None
+        if command.deadline_s is not None:
+            # One that is late ends in the next step, as others do.
+            timeout_s = max(_AT_ONCE_S, command.deadline_s - time.monotonic())
         try:
             requests = self._engine.make_requests(
                 name,
@@ -124,7 +131,7 @@ class CommandReader:
                 params,
                 priority=command.priority,
                 cache_salt=command.cache_salt,
-                timeout_s=command.timeout_s,
+                timeout_s=timeout_s,
             )
         except Exception as refused:  # whatever it is, it is of this prompt only
             error = refused
@@ -132,7 +139,7 @@ class CommandReader:
                 _log.exception("prompt %s cannot be taken in", command.name)
         with self._lock:
             if compiles and self._compiling.pop(handle, None) is None:
-                return  # aborted, and told
+                return  # ended, and told
             if error is None:
                 self._loop.add(handle, name, requests)
         if error is not None:
@@ -142,9 +149,27 @@ class CommandReader:
 
     def _abort(self, handle: int) -> None:
         with self._lock:
-            samples = self._compiling.pop(handle, 0)
-            if not samples:
+            waits = handle in self._compiling
+            if not waits:
                 self._loop.abort(handle)
+        if waits:
+            self._end(handle, FinishReason.ABORT)
+
+    def _end_late(self) -> None:
+        """Ends those whose time is over before their grammars are compiled."""
+        with self._lock:
+            now_s = time.monotonic()
+            late = [
+                handle
+                for handle, (add, _) in self._compiling.items()
+                if add.deadline_s is not None and add.deadline_s <= now_s
+            ]
+        for handle in late:
+            self._end(handle, FinishReason.DEADLINE)
+
+    def _end(self, handle: int, reason: FinishReason) -> None:
+        with self._lock:
+            _, samples = self._compiling.pop(handle, (None, 0))
         for index in range(samples):
-            end = End(FinishReason.ABORT.value, None, None, Timings(), None)
+            end = End(reason.value, None, None, Timings(), None)
             self._loop.tell(Progress(handle, index, [], end=end))

@@ -91,6 +91,8 @@ class Loop:
             if self._to_tell or self._asked:
                 self._between_steps()
             if engine.has_unfinished:
+                if not busy:  # idle figures are no longer of use
+                    self._stats_due_s -= IDLE_STATS_S - BUSY_STATS_S
                 self._step()
                 busy = True
                 continue
@@ -134,7 +136,11 @@ class Loop:
             news = self._to_tell.popleft()
             self._send(encode(Steps([news]) if isinstance(news, Progress) else news))
         while self._asked:
-            self._send(encode(self._answers.answer(self._asked.popleft())))
+            question = self._asked.popleft()
+            answer = self._answers.answer(question)
+            if question.what == "set_budget":  # figures of before it are of no use any more
+                self._send(encode(Steps([], self._stats())))
+            self._send(encode(answer))
 
     # Figures --------------------------------------------------------------------------------------
 

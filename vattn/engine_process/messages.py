@@ -19,7 +19,7 @@ from vattn.kv.report import CacheStats
 from vattn.metrics import EngineStats
 from vattn.outputs import KVUsage, Timings
 
-VERSION = 1
+VERSION = 2
 
 
 class Message(msgspec.Struct, array_like=True, tag=True, frozen=True, gc=False):
@@ -41,6 +41,7 @@ class Start(Message, frozen=True):
             instead of :class:`vattn.LLM`; None for that.
         log_level: of the engine process.
         log_format: ``"text"`` or ``"json"``.
+        budget_bytes: of the KV cache, in place of what the settings say; None for that.
     """
 
     version: int
@@ -49,13 +50,14 @@ class Start(Message, frozen=True):
     factory: str | None = None
     log_level: str = "info"
     log_format: str = "text"
+    budget_bytes: int | None = None
 
 
 class Add(Message, frozen=True):
     """A prompt and its ``n`` samples.
 
     ``params`` are the fields of SamplingParams that are not at their defaults; see
-    :func:`vattn.engine_process.params.to_wire`. ``timeout_s`` counts from now.
+    :func:`vattn.engine_process.params.to_wire`. ``deadline_s`` is of the machine's monotonic clock.
     """
 
     handle: int
@@ -64,7 +66,7 @@ class Add(Message, frozen=True):
     params: dict[str, Any]
     priority: int = 0
     cache_salt: str = ""
-    timeout_s: float | None = None
+    deadline_s: float | None = None
 
 
 class Abort(Message, frozen=True):
@@ -226,8 +228,9 @@ class Row(Message, frozen=True):
 class PageRows(Message, frozen=True):
     """The virtual address space: slots with anything mapped, each row over the slot's tokens.
 
-    A cell stands for ``pages_per_cell`` pages of each run of a region, and shows the state that
-    most needs to be seen.
+    A row spreads the pages of each run of a region over its cells: page ``p`` of ``n`` is in cell
+    ``p * cells // n``, so that a cell stands for ``pages_per_cell`` pages at most. It shows the
+    state that most needs to be seen.
     """
 
     page_bytes: int

@@ -61,6 +61,7 @@ class Mirror:
             stop_ids |= frozenset(facts.eos_token_ids)
         self.error: Exception | None = None
         self._outputs = outputs
+        self._is_final = params.output_kind is RequestOutputKind.FINAL_ONLY
         self._unfinished = params.n
         self._has_news = False
         self._waiter: asyncio.Future[None] | None = None
@@ -90,9 +91,13 @@ class Mirror:
         return self._unfinished == 0 or self.error is not None
 
     @property
+    def is_streamed(self) -> bool:
+        """Whether there are outputs before the last one."""
+        return not self._is_final
+
+    @property
     def _is_due(self) -> bool:
-        final = self.params.output_kind is RequestOutputKind.FINAL_ONLY
-        return self._has_news and (not final or self.is_finished)
+        return self._has_news and (not self._is_final or self.is_finished)
 
     def apply(self, progress: Progress) -> None:
         """Takes what is new of a sample."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
+import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import msgspec
@@ -18,7 +19,9 @@ from vattn.engine_process.messages import (
     Add,
     Answer,
     Ask,
+    BudgetReport,
     News,
+    Progress,
     Refused,
     Stats,
     Steps,
@@ -29,10 +32,9 @@ from vattn.engine_process.mirror import Mirror
 from vattn.engine_process.params import to_wire
 from vattn.engine_process.supervisor import Supervisor
 from vattn.sampling_params import SamplingParams
+from vattn.texts import beside
 
-# Longer texts are tokenized in a thread: this many characters take about half a millisecond.
-_LONG_TEXT = 2000
-_TOKENIZING_THREADS = 2
+_log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
@@ -55,7 +57,6 @@ class Owner:
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._handles = itertools.count(1)
         self._numbers = itertools.count(1)
-        self._threads: ThreadPoolExecutor | None = None
 
     def set_tokenizer(self, tokenizer: Any) -> None:
         """Before the first prompt."""
@@ -72,12 +73,13 @@ class Owner:
         priority: int,
         timeout_s: float | None,
     ) -> Mirror:
-        """Sends a prompt; :meth:`drop` must follow.
+        """Sends a prompt; :meth:`drop` must follow. ``timeout_s`` counts from now.
 
         Raises:
             RequestRefused: the prompt, its parameters or its id are at fault.
             EngineDeadError: the engine is not up.
         """
+        asked_s = time.monotonic()
         self.engine.check_ready()
         if not isinstance(request_id, str):
             raise RequestRefused(f"request_id={request_id!r} must be text")
@@ -91,6 +93,7 @@ class Owner:
             check_timeout(timeout_s)
             self.engine.check_ready()
             assert self.engine.facts is not None
+            _check_ids(ids, self.engine.facts.vocab_size)
             mirror = Mirror(
                 next(self._handles),
                 request_id,
@@ -108,7 +111,7 @@ class Owner:
                 to_wire(params),
                 priority,
                 salt,
-                timeout_s,
+                None if timeout_s is None else asked_s + float(timeout_s),
             )
             self.engine.send(encode(add))
         except BaseException as error:
@@ -139,13 +142,8 @@ class Owner:
 
     async def _parse(self, prompt: Any, priority: Any) -> tuple[str | None, list[int], str, int]:
         text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
-        if not isinstance(text, str) or len(text) <= _LONG_TEXT:
-            return parse_prompt(prompt, priority, self._encode)
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(_TOKENIZING_THREADS, "vattn-tokenize")
-        return await asyncio.get_running_loop().run_in_executor(
-            self._threads, parse_prompt, prompt, priority, self._encode
-        )
+        chars = len(text) if isinstance(text, str) else 0
+        return await beside(chars, lambda: parse_prompt(prompt, priority, self._encode))
 
     def _encode(self, text: str) -> Any:
         return self.tokenizer.encode(text)
@@ -168,6 +166,12 @@ class Owner:
         finally:
             del self._asked[number]
 
+    async def set_budget(self, budget_bytes: int) -> BudgetReport:
+        """Moves the budget, also of the processes that replace this one; raises as :meth:`ask`."""
+        report = await self.ask("set_budget", budget_bytes, BudgetReport)
+        self.engine.keep_budget(report.budget)
+        return report
+
     # News -----------------------------------------------------------------------------------------
 
     def _on_news(self, news: News) -> None:
@@ -176,7 +180,10 @@ class Owner:
             for progress in news.progress:
                 mirror = mirrors.get(progress.handle)
                 if mirror is not None:
-                    mirror.apply(progress)
+                    try:
+                        mirror.apply(progress)
+                    except Exception as error:
+                        self._fail(mirror, progress, error)
             if news.stats is not None:
                 self.stats = news.stats
         elif isinstance(news, Refused):
@@ -185,6 +192,15 @@ class Owner:
                 mirror.fail(RequestRefused(news.error))
         elif isinstance(news, Answer | Trouble):
             self._on_answer(news)
+
+    def _fail(self, mirror: Mirror, progress: Progress, error: Exception) -> None:
+        """Of a bug that one prompt has found; the others go on."""
+        _log.exception("what the engine says of %s cannot be taken", mirror.request_id)
+        if not mirror.is_finished:
+            mirror.fail(
+                RuntimeError(f"its tokens cannot be taken: {type(error).__name__}: {error}")
+            )
+            self.engine.send(encode(Abort([progress.handle])))
 
     def _on_answer(self, news: Answer | Trouble) -> None:
         future = self._asked.get(news.number)
@@ -210,12 +226,7 @@ class Owner:
 
     async def close(self) -> None:
         """Ends everything; twice is once."""
-        threads, self._threads = self._threads, None
-        try:
-            await self.engine.close()
-        finally:
-            if threads is not None:
-                threads.shutdown(wait=False, cancel_futures=True)
+        await self.engine.close()
 
     def check(self) -> None:
         """Verifies that ids and handles agree, and what is known of each prompt."""
@@ -234,3 +245,10 @@ class Owner:
         assert not self._by_id, self._by_id
         assert not self._asked, self._asked
         assert not self._outputs._watched, self._outputs._watched
+
+
+def _check_ids(ids: list[int], vocab_size: int) -> None:
+    """Refuses what tokenizers and messages have no numbers for, in the engine's words."""
+    if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+        bad = next(token for token in ids if not 0 <= token < vocab_size)
+        raise ValueError(f"token id {bad} is not one of the {vocab_size} of this model")

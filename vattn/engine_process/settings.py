@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vattn import logs
 from vattn.engine.config import EngineConfig, known_options
 from vattn.engine_process.messages import VERSION, Start, encode
 from vattn.models import tiny_path
 
-_LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
-_LOG_FORMATS = ("text", "json")
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _FACTORY_REMEDY = 'make the LLM in the engine process by llm_factory="package.module:function"'
 
@@ -58,10 +57,12 @@ def start_command(
             _check_text(name, value)
     if llm_factory is not None and not _FACTORY.fullmatch(str(llm_factory)):
         raise ValueError(f'llm_factory={llm_factory!r} must be "package.module:function"')
-    if log_level not in _LOG_LEVELS:
-        raise ValueError(f"log_level={log_level!r} must be one of {', '.join(_LOG_LEVELS)}")
-    if log_format not in _LOG_FORMATS:
-        raise ValueError(f"log_format={log_format!r} must be one of {', '.join(_LOG_FORMATS)}")
+    for name, given, known in (
+        ("log_level", log_level, logs.LEVELS),
+        ("log_format", log_format, logs.FORMATS),
+    ):
+        if given not in known:
+            raise ValueError(f"{name}={given!r} must be one of {', '.join(known)}")
     settings = {name: _plain(value) for name, value in loading.items() if value is not None}
     for name, value in options.items():
         settings[name] = _plain(value)

@@ -30,11 +30,18 @@ _NEW_PREFIX = ".vattn-new-"
 _LONGEST_PATH = 107
 _NEWS_AT_ONCE = 64
 _KILL_TIMEOUT_S = 10.0
+# Of libgomp, in turns of a loop: some 50 us, which is longer than from one product of a layer to
+# the next. Its own 300,000 are for programs that have the machine to themselves: threads of the
+# engine would spin on the cores that its other threads, and we, wait for.
+_SPIN_COUNT = 2000
 
 
 def engine_environment() -> dict[str, str]:
     """The environment of an engine process: ours, unless it is silent about what matters."""
-    return dict(os.environ)
+    environment = dict(os.environ)
+    if "OMP_WAIT_POLICY" not in environment:
+        environment.setdefault("GOMP_SPINCOUNT", str(_SPIN_COUNT))
+    return environment
 
 
 class Child:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from enum import Enum, auto
 from typing import Any
 
+import msgspec
+
 from vattn.engine_process.errors import EngineDeadError
-from vattn.engine_process.messages import Facts, News, Ready, Start, StartFailed, encode
+from vattn.engine_process.messages import Facts, News, Ready, Start, StartFailed
 from vattn.engine_process.spawn import Child
 
 _log = logging.getLogger(__name__)
@@ -18,6 +21,15 @@ _SETTLED_S = 30.0  # one that lived so long after it was ready is replaced witho
 _IDLE_TIMEOUT_S = 30.0  # an engine with nothing to do tells its figures every second
 _STOP_S = 5.0
 _LAST_WORDS_S = 1.0
+
+
+class State(Enum):
+    """Of an engine that is kept up."""
+
+    DOWN = auto()  # not started, closed, or dead for good
+    STARTING = auto()  # its first process
+    UP = auto()
+    RESTARTING = auto()
 
 
 class Supervisor:
@@ -44,57 +56,66 @@ class Supervisor:
         on_death: Callable[[EngineDeadError], None],
         is_busy: Callable[[], bool],
     ) -> None:
-        self._command = encode(command)
+        self._command = command
         self._restart = restart
         self._engine_timeout_s = engine_timeout_s
         self._start_timeout_s = start_timeout_s
         self._on_news = on_news
         self._on_death = on_death
         self._is_busy = is_busy
+        self._state = State.DOWN
         self._task: asyncio.Task[None] | None = None
-        self._first: asyncio.Future[None] | None = None  # how the first start went
-        self._began: asyncio.Future[Ready | StartFailed] | None = None  # of the present child
+        self._serving: asyncio.Future[None]  # done when it is up, fails when it is dead for good
+        self._began: asyncio.Future[Ready | StartFailed]  # of the present child
         self._dead = asyncio.Event()  # for good
-        self._closing = False
+        self._ending = asyncio.Lock()  # one process has gone before another one comes
+        self._waiting = 0  # for start()
         self._failed = self._deaths = 0  # starts, and lives that were short, one after another
         self.child: Child | None = None
         self.facts: Facts | None = None
-        self.is_ready = False
         self.restarts = 0
         self.last_error: EngineDeadError | None = None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the engine serves."""
+        return self._state is State.UP
+
     async def start(self) -> None:
         """Returns when the engine serves; see :meth:`vattn.AsyncLLM.start`."""
-        if self._task is None or self._task.done():
-            loop = asyncio.get_running_loop()
-            self._closing = False
-            self._failed = self._deaths = 0
-            self._dead.clear()
-            self._first = loop.create_future()
-            self._task = loop.create_task(self._keep_up(self._first), name="vattn-supervisor")
-        assert self._first is not None
+        self._waiting += 1
         try:
-            await asyncio.shield(self._first)
+            async with self._ending:
+                if self._state is State.DOWN:
+                    if self._task is not None:
+                        await asyncio.wait({self._task})
+                    self._begin()
+            await asyncio.shield(self._serving)
         except asyncio.CancelledError:
-            if not self._first.done():
+            if self._state is State.STARTING and self._waiting == 1:
                 await self.close()
             raise
+        finally:
+            self._waiting -= 1
 
     async def close(self) -> None:
         """Ends the engine process, also while it starts; twice is once."""
-        self._closing = True
-        closed = EngineDeadError("the engine was closed", restarting=False)
-        self._down(closed)
-        if self._task is not None and not self._task.done():
-            self._task.cancel()
-            await asyncio.wait({self._task})
-        self._give_up(closed)
+        async with self._ending:
+            if not self._dead.is_set():
+                self._finish(EngineDeadError("the engine was closed", restarting=False))
+            if self._task is not None and not self._task.done():
+                self._task.cancel()
+                await asyncio.wait({self._task})
 
     async def wait_for_failure(self) -> EngineDeadError:
         """See :meth:`vattn.AsyncLLM.wait_for_failure`."""
         await self._dead.wait()
         assert self.last_error is not None
         return self.last_error
+
+    def keep_budget(self, budget_bytes: int) -> None:
+        """Has those that replace the engine process begin with this budget."""
+        self._command = msgspec.structs.replace(self._command, budget_bytes=budget_bytes)
 
     def send(self, message: bytes) -> None:
         """Sends an encoded command.
@@ -116,46 +137,52 @@ class Supervisor:
 
     # One life after another -----------------------------------------------------------------------
 
-    async def _keep_up(self, first: asyncio.Future[None]) -> None:
+    def _begin(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._state = State.STARTING
+        self._failed = self._deaths = 0
+        self._dead.clear()
+        self._serving = loop.create_future()
+        self._task = loop.create_task(self._keep_up(), name="vattn-supervisor")
+
+    async def _keep_up(self) -> None:
         try:
-            while True:
-                await self._life(first)
-                assert self.last_error is not None
-                if not self.last_error.restarting:
-                    break
+            await self._life()
+            while self._state is State.RESTARTING:
                 await asyncio.sleep(self._delay_s())
-            self._give_up(self.last_error)
-        except asyncio.CancelledError:  # by close(), or by the end of the loop
-            self._give_up(EngineDeadError("the engine was closed", restarting=False))
+                await self._life()
+        except asyncio.CancelledError:
+            if self._state is not State.DOWN:  # by the end of the loop, and not by close()
+                self._finish(EngineDeadError("the engine was closed", restarting=False))
             raise
         except Exception as problem:  # a bug, which must not leave anybody waiting
             _log.exception("the engine process is not watched any more")
-            self._give_up(EngineDeadError(f"it is not watched: {problem}", restarting=False))
+            self._finish(EngineDeadError(f"it is not watched: {problem}", restarting=False))
 
-    async def _life(self, first: asyncio.Future[None]) -> None:
+    async def _life(self) -> None:
         """Of one engine process, from its start to its end, which is told to everybody."""
         loop = asyncio.get_running_loop()
         self._began = loop.create_future()
         try:
             child = self.child = Child(self._take)
         except OSError as error:
-            self._died(f"the engine process cannot be started: {error}", first)
+            self._died(f"the engine process cannot be started: {error}")
             return
         grace_s = 0.0
         try:
-            child.send_encoded(self._command)
+            child.send(self._command)
             failure = await self._until_ready(child, self._began)
             if failure is not None:
-                self._died(failure, first)
+                self._died(failure)
                 return
             grace_s = _STOP_S
-            self._up(first)
+            self._up()
             ready_s = loop.time()
             how = await self._until_dead(child)
             grace_s = 0.0
             if loop.time() - ready_s >= _SETTLED_S:
                 self._deaths = 0
-            self._died(f"the engine process {child.process.pid} {how}", first)
+            self._died(f"the engine process {child.process.pid} {how}")
         finally:
             self.child = None
             await child.stop(grace_s)
@@ -208,7 +235,6 @@ class Supervisor:
 
     def _take(self, news: News) -> None:
         if isinstance(news, Ready | StartFailed):
-            assert self._began is not None
             if not self._began.done():
                 self._began.set_result(news)
         else:
@@ -216,42 +242,45 @@ class Supervisor:
 
     # What its ends mean ---------------------------------------------------------------------------
 
-    def _up(self, first: asyncio.Future[None]) -> None:
+    def _up(self) -> None:
         self._failed = 0
-        self.is_ready = True
-        if first.done():
-            self.restarts += 1
-        else:
-            first.set_result(None)
+        self.restarts += self._state is State.RESTARTING
+        self._state = State.UP
+        self._serving.set_result(None)
 
-    def _died(self, failure: str | StartFailed, first: asyncio.Future[None]) -> None:
+    def _died(self, failure: str | StartFailed) -> None:
         """Decides whether another one is started, and tells everybody."""
-        is_input = isinstance(failure, StartFailed) and failure.is_input
         text = failure.error if isinstance(failure, StartFailed) else failure
-        self._failed += not self.is_ready
-        again = self._restart and first.done() and not is_input
+        self._deaths += 1
+        self._failed += self._state is not State.UP
+        # What the settings were good for once they are good for again, whatever it says.
+        again = self._restart and self._state is not State.STARTING
         if again and self._failed >= MAX_FAILED_STARTS:
             again = False
             text = f"{text} ({self._failed} starts failed one after another)"
-        self._deaths += 1
-        error = EngineDeadError(text, restarting=again)
         _log.error("%s; %s", text, "another one is started" if again else "this is the end")
-        if is_input and not first.done():
-            first.set_exception(ValueError(text))
-        self._down(error)
-
-    def _down(self, error: EngineDeadError) -> None:
-        self.is_ready = False
+        error = EngineDeadError(text, restarting=again)
+        if not again:
+            is_input = isinstance(failure, StartFailed) and failure.is_input
+            is_theirs = is_input and self._state is State.STARTING
+            self._finish(error, ValueError(text) if is_theirs else error)
+            return
+        if self._state is State.UP:
+            self._serving = asyncio.get_running_loop().create_future()
+        self._state = State.RESTARTING
         self.last_error = error
         self._on_death(error)
 
-    def _give_up(self, error: EngineDeadError) -> None:
-        self._down(error)
+    def _finish(self, error: EngineDeadError, told: Exception | None = None) -> None:
+        """It is dead for good, which whoever waits for its start is told in their words."""
+        starts = self._state in (State.STARTING, State.RESTARTING)
+        self._state = State.DOWN
+        self.last_error = error
         self._dead.set()
-        if self._first is not None and not self._first.done():
-            self._first.set_exception(error)
-        if self._first is not None and not self._first.cancelled():
-            self._first.exception()  # it need not be awaited by anybody
+        if starts:
+            self._serving.set_exception(told or error)
+            self._serving.exception()  # it need not be awaited by anybody
+        self._on_death(error)
 
     def _delay_s(self) -> float:
         """0 before the first restart, then longer and longer."""

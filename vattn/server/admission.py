@@ -1,4 +1,4 @@
-"""Who is let in: how many prompts and tokens may be unfinished at once."""
+"""Who is let in: how many samples and tokens may be unfinished at once."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from vattn.server.errors import ApiError
 from vattn.server.settings import ServerSettings
 
 _LONGEST_WAIT_S = 60.0
-_REMEMBERED = 64  # finished requests, for the rate at which they end
+_REMEMBERED = 64  # served requests, for the rate at which they end
 
 
 class Admission:
-    """Counts unfinished prompts and their tokens, and refuses what goes beyond the limits.
+    """Counts unfinished samples and their tokens, and refuses what goes beyond the limits.
 
-    Used on one event loop::
+    Samples, for each has its own tokens in both processes: a prompt has ``n``. Used on one event
+    loop::
 
-        with state.admission.admit(requests=len(prompts), tokens=tokens):
+        with state.admission.admit(samples=len(prompts) * n, tokens=tokens):
             ...
 
     Args:
@@ -39,7 +40,7 @@ class Admission:
         self._settings = settings
         self._rejected = rejected
         self._llm = llm
-        self._requests = 0
+        self._samples = 0
         self._tokens = 0
         self._draining = False
         self._idle = asyncio.Event()
@@ -47,18 +48,18 @@ class Admission:
         self._finished: deque[tuple[float, int]] = deque(maxlen=_REMEMBERED)  # when, how many
 
     @property
-    def requests(self) -> int:
-        """Unfinished prompts."""
-        return self._requests
+    def samples(self) -> int:
+        """Unfinished samples."""
+        return self._samples
 
     @property
     def tokens(self) -> int:
-        """Tokens of unfinished prompts: of the prompts, and the most that may follow."""
+        """Of unfinished samples: of their prompts, and the most that may follow."""
         return self._tokens
 
     @property
     def places(self) -> int:
-        """Prompts that may be unfinished at once: those that run and those that wait."""
+        """Samples that may be unfinished at once: those that run and those that wait."""
         return self._llm.facts.max_num_seqs + self._settings.max_queued_requests
 
     def drain(self) -> None:
@@ -69,29 +70,45 @@ class Admission:
         """Returns when nothing is unfinished."""
         await self._idle.wait()
 
-    @contextmanager
-    def admit(self, requests: int, tokens: int) -> Iterator[None]:
-        """Holds places for prompts and their tokens.
+    def expect(self, samples: int) -> None:
+        """Refuses at once what :meth:`admit` would, before any work is made of it.
 
         Args:
-            requests: prompts.
-            tokens: of all of them, with the most new ones of each sample.
+            samples: of all prompts of a request; their tokens are not known yet.
+
+        Raises:
+            ApiError: as :meth:`admit`.
+        """
+        self._refuse(samples, 0)
+
+    @contextmanager
+    def admit(self, samples: int, tokens: int) -> Iterator[None]:
+        """Holds places for samples and their tokens.
+
+        Args:
+            samples: of all prompts of a request.
+            tokens: of the prompts, with the most new ones of each sample.
 
         Raises:
             ApiError: 413 for what could never be served, 429 for what could be later, 503 while
                 the server ends or has no engine.
         """
-        self._refuse(requests, tokens)
-        self._requests += requests
+        self._refuse(samples, tokens)
+        self._samples += samples
         self._tokens += tokens
         self._idle.clear()
+        failed = False
         try:
             yield
+        except Exception:
+            failed = True  # what is refused takes no time, and tells nothing of those that wait
+            raise
         finally:
-            self._requests -= requests
+            self._samples -= samples
             self._tokens -= tokens
-            self._finished.append((time.monotonic(), requests))
-            if self._requests == 0:
+            if not failed:
+                self._finished.append((time.monotonic(), samples))
+            if self._samples == 0:
                 self._idle.set()
 
     def check(self) -> None:
@@ -100,12 +117,12 @@ class Admission:
         Raises:
             RuntimeError: places were not given back.
         """
-        if self._requests or self._tokens or not self._idle.is_set():
+        if self._samples or self._tokens or not self._idle.is_set():
             raise RuntimeError(
-                f"{self._requests} prompts and {self._tokens} tokens are counted as unfinished"
+                f"{self._samples} samples and {self._tokens} tokens are counted as unfinished"
             )
 
-    def _refuse(self, requests: int, tokens: int) -> None:
+    def _refuse(self, samples: int, tokens: int) -> None:
         if self._draining:
             self._rejected("draining")
             raise _unavailable("the server is shutting down; ask another one", 5)
@@ -113,12 +130,12 @@ class Admission:
             self._rejected("engine")
             raise _unavailable("the engine is not up; try again when /health says so", 5)
         places, most = self.places, self._settings.max_queued_tokens
-        if requests > places:
+        if samples > places:
             self._rejected("queue")
             raise ApiError(
                 413,
-                f"{requests} prompts in one request, but only {places} may be unfinished at once; "
-                "send fewer in each request",
+                f"{samples} samples in one request (prompts times n), but only {places} may be "
+                "unfinished at once; ask for fewer in each request",
                 code="request_too_large",
             )
         if most is not None and tokens > most:
@@ -129,14 +146,14 @@ class Admission:
                 "may be unfinished at once; ask for fewer",
                 code="request_too_large",
             )
-        if self._requests + requests > places:
+        if self._samples + samples > places:
             self._rejected("queue")
-            over = self._requests + requests - places
-            raise self._busy(f"{self._requests} of {places} places are taken", over)
+            over = self._samples + samples - places
+            raise self._busy(f"{self._samples} of {places} places are taken", over)
         if most is not None and self._tokens + tokens > most:
             self._rejected("tokens")
             # As if all requests were alike.
-            excess = (self._tokens + tokens - most) * self._requests / max(1, self._tokens)
+            excess = (self._tokens + tokens - most) * self._samples / max(1, self._tokens)
             raise self._busy(f"{self._tokens} of {most} tokens are taken", excess)
 
     def _busy(self, why: str, excess: float) -> ApiError:
@@ -149,7 +166,7 @@ class Admission:
         )
 
     def _wait_s(self, excess: float) -> float:
-        """How long until so many requests have ended, going by those that did lately."""
+        """How long until so many samples have ended, going by those that did lately."""
         if not self._finished:
             return 1.0
         elapsed = time.monotonic() - self._finished[0][0]

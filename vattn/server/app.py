@@ -9,7 +9,6 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-import vattn
 from vattn.async_llm import AsyncLLM
 from vattn.engine_process.errors import EngineDeadError, RequestRefused
 from vattn.server import admin, health, live, metrics, openapi
@@ -20,11 +19,12 @@ from vattn.server.limits import Limits
 from vattn.server.metrics import ServerMetrics
 from vattn.server.observe import Observe
 from vattn.server.openai import chat, completions, models, tokenize
-from vattn.server.openai.common import api_error_of
+from vattn.server.openai.invalid import api_error_of
 from vattn.server.page import page
 from vattn.server.responses import error_response
 from vattn.server.settings import ServerSettings
 from vattn.server.state import ServerState
+from vattn.version import __version__
 
 _ROUTERS = (health, models, completions, chat, tokenize, admin, metrics, live, page)
 _RETRY_DEAD_S = 5.0
@@ -39,7 +39,14 @@ def build_app(llm: AsyncLLM, settings: ServerSettings) -> FastAPI:
         settings: of the server.
     """
     # The interactive documentation would load scripts from elsewhere.
-    app = FastAPI(title=openapi.TITLE, version=vattn.__version__, docs_url=None, redoc_url=None)
+    # Redirects would be to whatever a client says in Host.
+    app = FastAPI(
+        title=openapi.TITLE,
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     figures = ServerMetrics(llm, settings)
     state = ServerState(llm, settings, Admission(settings, llm, figures.rejected), figures)
     app.state.vattn = state
@@ -67,10 +74,11 @@ def _put_middleware(app: FastAPI, state: ServerState) -> None:
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            allow_headers=["*"],  # OpenAI's client for browsers sends many of its own
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    app.add_middleware(Observe, state=state)
+    routes = [route for module in _ROUTERS for route in module.router.routes]
+    app.add_middleware(Observe, state=state, routes=routes)
 
 
 def _tell_errors(app: FastAPI) -> None:

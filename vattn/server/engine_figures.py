@@ -125,6 +125,9 @@ GAUGES = (
 
 _SPEC = "spec_decode_num"
 COUNTERS = (
+    _at("prompt_tokens", "engine.prefix_cache_queries", "Of prompts taken in, cached ones too."),
+    _at("prompt_tokens_cached", "engine.prefix_cache_hits", "Of these, found in the cache."),
+    _at("generation_tokens", "engine.generation_tokens", "Tokens generated."),
     _at("prefix_cache_queries", "engine.prefix_cache_queries", "Prompt tokens looked up."),
     _at("prefix_cache_hits", "engine.prefix_cache_hits", "Prompt tokens found in the cache."),
     _at("num_preemptions", "engine.num_preemptions", "Samples that lost their place."),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-import vattn
 from vattn.server.errors import ApiError
 from vattn.server.state import state_of
+from vattn.version import __version__
 
 router = APIRouter()
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", response_class=Response, responses={200: {"content": None}})
 async def health(request: Request) -> Response:
     """200 while requests are served, else 503: the engine is not up, or the server drains."""
@@ -26,4 +27,4 @@ async def health(request: Request) -> Response:
 @router.get("/version")
 async def version() -> dict[str, str]:
     """The version of vattn."""
-    return {"version": vattn.__version__}
+    return {"version": __version__}

@@ -21,13 +21,15 @@ A snapshot; sizes are bytes, times seconds, and null stands for what is not know
       },
       "queue": {"running": 3, "waiting": 0, "max_waiting": 2048},        running, waiting: samples
       "throughput": {"prompt_tokens_per_s": 0.0, "generation_tokens_per_s": 93.5,
-                     "steps_per_s": 31.0, "requests_per_s": 1.5},        of the last two seconds
-      "latency": {                        of the last minute
+                     "steps_per_s": 31.0, "requests_per_s": 1.5},        of the last two seconds;
+                                          prompt tokens are those computed, not cached ones
+      "latency": {                        of the last minute, of requests without a stream as well
         "time_to_first_token": {"count": 12, "p50": 0.012, "p90": 0.03, "p99": 0.05},
         "inter_token": {...}, "end_to_end": {...}        percentiles are null where count is 0
       },
       "totals": {"requests": 20, "prompt_tokens": 400, "generation_tokens": 900, "preemptions": 0,
-                 "prefix_cache_queries": 400, "prefix_cache_hits": 128},   since the server started
+                 "prefix_cache_queries": 400, "prefix_cache_hits": 128},   since the server started;
+                                          a prompt counts for each of its samples
       "memory": {                         null before the first figures of an engine
         "page_bytes": 16384, "budget_bytes": 1073741824,
         "created_bytes": 655360,          that exist now

@@ -15,7 +15,7 @@ from vattn.engine_process.messages import RECYCLED, PageRows, Stats
 from vattn.kv.report import PageState
 from vattn.request import Status
 from vattn.server.engine_figures import Values, page_states
-from vattn.server.recent import Recent
+from vattn.server.recent import WINDOW_S, Recent
 from vattn.server.request_record import LATENCIES
 from vattn.server.state import ServerState
 
@@ -97,7 +97,7 @@ def make(state: ServerState, rates: Rates, pages: PageRows | None) -> dict[str, 
             f"{name}_per_s": per_second.get(name)
             for name in ("prompt_tokens", "generation_tokens", "steps", "requests")
         },
-        "latency": _latency(state, now_s),
+        "latency": _latency(state, live, now_s),
         "totals": _totals(state, totals),
         "memory": _memory(stats) if stats else None,
         "driver": _driver(stats, totals, per_second) if stats else None,
@@ -118,10 +118,11 @@ def _counts(state: ServerState, totals: dict[str, Values]) -> Counts:
     counts: Counts = {f"call {kind}": n for kind, n in totals.get("driver_calls", {}).items()}
     if totals:
         counts["steps"] = totals["engine_steps"][""]
+        counts["generation_tokens"] = totals["generation_tokens"][""]
+        # Those computed: one that is found in the cache takes no time.
+        counts["prompt_tokens"] = totals["engine_prompt_tokens"][""]
     figures = state.metrics.requests_so_far()
     if figures is not None:
-        counts["prompt_tokens"] = figures.prompt_count
-        counts["generation_tokens"] = figures.generated_count
         counts["requests"] = figures.ended_count
     return counts
 
@@ -144,11 +145,24 @@ def _engine(state: ServerState) -> dict[str, Any]:
     }
 
 
-def _latency(state: ServerState, now_s: float) -> dict[str, Any]:
+def _latency(state: ServerState, live: list[LiveRequest], now_s: float) -> dict[str, Any]:
     figures = state.metrics.requests_so_far()
-    if figures is None:
-        return {name: Recent().summary(now_s) for name in LATENCIES}
-    return {name: figures.recent[name].summary(now_s) for name in LATENCIES}
+    recent = figures.recent if figures else {name: Recent() for name in LATENCIES}
+    also = _untold(live, now_s)
+    return {name: recent[name].summary(now_s, also.get(name, ())) for name in LATENCIES}
+
+
+def _untold(live: list[LiveRequest], now_s: float) -> dict[str, list[tuple[float, int]]]:
+    """Latencies so far, and how many, of requests that nobody hears of before their end."""
+    first: list[tuple[float, int]] = []
+    between: list[tuple[float, int]] = []
+    for request in live:
+        since_s = now_s - request.first_token_s
+        if request.is_streamed or not request.first_token_s or since_s > WINDOW_S:
+            continue
+        first.append((request.first_token_s - request.arrival_s, 1))
+        between += [(since_s / (n - 1), n - 1) for n in request.output_tokens if n > 1]
+    return {"time_to_first_token": first, "inter_token": between}
 
 
 def _totals(state: ServerState, totals: dict[str, Values]) -> dict[str, float]:
@@ -156,6 +170,8 @@ def _totals(state: ServerState, totals: dict[str, Values]) -> dict[str, float]:
     engine = {
         name: totals[at][""] if totals else 0
         for name, at in (
+            ("prompt_tokens", "prompt_tokens"),
+            ("generation_tokens", "generation_tokens"),
             ("preemptions", "num_preemptions"),
             ("prefix_cache_queries", "prefix_cache_queries"),
             ("prefix_cache_hits", "prefix_cache_hits"),
@@ -163,8 +179,6 @@ def _totals(state: ServerState, totals: dict[str, Values]) -> dict[str, float]:
     }
     return {
         "requests": figures.ended_count if figures else 0,
-        "prompt_tokens": figures.prompt_count if figures else 0,
-        "generation_tokens": figures.generated_count if figures else 0,
         **engine,
     }
 
@@ -230,8 +244,10 @@ def _request(request: LiveRequest, stats: Stats | None, now_s: float) -> dict[st
     runs = any(status == Status.RUNNING for _, _, status, _ in samples)
     first_s = request.first_token_s
     if first_s:
-        # Figures are a quarter of a second old; without any of it, tokens tell more.
-        name = "running" if runs or not samples else "waiting"
+        # Figures are a quarter of a second old; where they have none of it, or are older than its
+        # first token, that tells more.
+        is_news = not samples or (stats is not None and first_s > stats.monotonic_s)
+        name = "running" if runs or is_news else "waiting"
     else:
         name = "prefill" if runs else "waiting"
     return {

@@ -18,11 +18,14 @@ For the HTTP layer, once for each response: ``metrics.http(method, template, sta
 
 from __future__ import annotations
 
+import math
+import time
 from functools import cached_property
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, exposition
-from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.openmetrics.exposition import ALLOWUTF8, CONTENT_TYPE_LATEST
+from prometheus_client.openmetrics.exposition import generate_latest as openmetrics_text
 
 from vattn.async_llm import AsyncLLM
 from vattn.sampling_params import SamplingParams
@@ -32,6 +35,7 @@ from vattn.server.request_record import RequestFigures, RequestRecord
 from vattn.server.settings import ServerSettings
 from vattn.server.state import state_of
 
+_REASONS = ("queue", "tokens", "draining", "engine")
 router = APIRouter()
 
 _OPENMETRICS = "application/openmetrics-text"
@@ -41,27 +45,27 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 @router.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
     """Figures for Prometheus: text, or OpenMetrics for who accepts it."""
-    figures = state_of(request).metrics.ready_registry()
-    # With the default escaping, OpenMetrics has "vattn_" for "vattn:". No name needs escaping.
-    if _OPENMETRICS in request.headers.get("accept", ""):
-        body = openmetrics.generate_latest(  # type: ignore[no-untyped-call]
-            figures, escaping=openmetrics.ALLOWUTF8
-        )
-        return Response(body, headers={"content-type": openmetrics.CONTENT_TYPE_LATEST})
-    body = exposition.generate_latest(figures, escaping=openmetrics.ALLOWUTF8)
-    return Response(body, headers={"content-type": exposition.CONTENT_TYPE_PLAIN_0_0_4})
+    is_open = _OPENMETRICS in request.headers.get("accept", "")
+    kind = CONTENT_TYPE_LATEST if is_open else exposition.CONTENT_TYPE_PLAIN_0_0_4
+    body = state_of(request).metrics.rendered(openmetrics=is_open)
+    return Response(body, headers={"content-type": kind})
 
 
 class ServerMetrics:
     """The figures of one server, in a registry of its own. For one event loop.
+
+    :attr:`keep_s` is for how many seconds a scrape may be answered with what the one before got.
 
     Args:
         llm: the engine; it need not be started before the first request.
         settings: of the server.
     """
 
+    keep_s = 1.0
+
     def __init__(self, llm: AsyncLLM, settings: ServerSettings) -> None:
         self._llm = llm
+        self._rendered: dict[bool, tuple[float, bytes]] = {}  # when, and what
         self._labels = {"model_name": settings.served_model_names[0], "engine": ENGINE}
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -86,6 +90,8 @@ class ServerMetrics:
             ("reason",),
             registry=self.registry,
         )
+        for reason in _REASONS:
+            self._rejected.labels(reason)  # an alert on its growth needs a zero to begin with
 
     @cached_property
     def requests(self) -> RequestFigures:
@@ -101,9 +107,23 @@ class ServerMetrics:
         self.requests_so_far()
         return self.registry
 
-    def begin(self, params: SamplingParams) -> RequestRecord:
-        """A prompt is on its way to the engine."""
-        return RequestRecord(self.requests, self.engine, params)
+    def rendered(self, *, openmetrics: bool) -> bytes:
+        """All figures, at most :attr:`keep_s` old: to write them takes what many tokens take."""
+        now = time.monotonic()
+        made_s, body = self._rendered.get(openmetrics, (-math.inf, b""))
+        if now - made_s >= self.keep_s:
+            body = _render(self.ready_registry(), openmetrics=openmetrics)
+            self._rendered[openmetrics] = now, body
+        return body
+
+    def begin(self, params: SamplingParams, *, only_prompt: bool = False) -> RequestRecord:
+        """A prompt is on its way to the engine.
+
+        Args:
+            params: of it.
+            only_prompt: whether its client gets none of the tokens, as none was asked for.
+        """
+        return RequestRecord(self.requests, self.engine, params, only_prompt)
 
     def http(self, method: str, template: str | None, status: int, seconds: float) -> None:
         """A response was sent, whole.
@@ -123,3 +143,10 @@ class ServerMetrics:
     def rejected(self, reason: str) -> None:
         """A request was not let in. ``reason``: ``"queue"``, ``"tokens"``, ``"draining"``..."""
         self._rejected.labels(reason).inc()
+
+
+def _render(figures: CollectorRegistry, *, openmetrics: bool) -> bytes:
+    # With the default escaping, OpenMetrics has "vattn_" for "vattn:". No name needs escaping.
+    make = openmetrics_text if openmetrics else exposition.generate_latest
+    body: bytes = make(figures, escaping=ALLOWUTF8)
+    return body

@@ -6,10 +6,12 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import Request
 from starlette.datastructures import MutableHeaders
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vattn.server.errors import ApiError
@@ -37,13 +39,20 @@ def note(request: Request, **fields: Any) -> None:
 class Observe:
     """ASGI middleware that names, times and logs each request.
 
-    The id is in ``request.state.request_id`` and goes back as ``X-Request-Id``. A failure that
-    nobody caught becomes a 500 with the id, and a traceback in the log.
+    When it came is in ``request.state.arrival_s``, of ``time.monotonic``. The id is in
+    ``request.state.request_id`` and goes back as ``X-Request-Id``. A failure that nobody caught
+    becomes a 500 with the id, and a traceback in the log.
+
+    Args:
+        app: what is behind it.
+        state: of the server.
+        routes: by whose paths the metrics tell requests apart.
     """
 
-    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+    def __init__(self, app: ASGIApp, state: ServerState, routes: Sequence[BaseRoute] = ()) -> None:
         self._app = app
         self._state = state
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -53,7 +62,9 @@ class Observe:
         begun = time.perf_counter()
         request_id = _choose_id(scope)
         fields: dict[str, Any] = {}
-        scope.setdefault("state", {}).update(request_id=request_id, log=fields)
+        scope.setdefault("state", {}).update(
+            request_id=request_id, log=fields, arrival_s=time.monotonic()
+        )
         status = 0
         is_whole = False
 
@@ -68,7 +79,7 @@ class Observe:
         try:
             await self._app(scope, receive, watched)
         except Exception:
-            logger.exception("request %s failed: %s", request_id, scope["path"])
+            logger.exception("request %s failed: %s", request_id, _path(scope))
             if status:
                 raise  # too late for another answer: the server cuts the connection
             message = f"the server failed; its log has the cause under request id {request_id}"
@@ -77,10 +88,16 @@ class Observe:
         finally:
             seconds = time.perf_counter() - begun
             status = status if is_whole else CLIENT_LEFT
-            route = scope.get("route")
-            template = getattr(route, "path", None)
-            self._state.metrics.http(scope["method"], template, status, seconds)
+            self._state.metrics.http(scope["method"], self._template(scope), status, seconds)
             _log(scope, request_id, status, seconds, fields)
+
+    def _template(self, scope: Scope) -> str | None:
+        """The path of the request's route, also where it was refused on its way there."""
+        route = scope.get("route")
+        if route is None:
+            found = (each for each in self._routes if each.matches(scope)[0] is not Match.NONE)
+            route = next(found, None)
+        return getattr(route, "path", None)
 
 
 def _choose_id(scope: Scope) -> str:
@@ -97,7 +114,11 @@ def _log(
     level = logging.DEBUG if scope["path"] in ("/health", "/metrics") else logging.INFO
     if not access.isEnabledFor(level):
         return
-    # As it came, percent-encoded: a client's control characters must not make lines of their own.
-    path = scope.get("raw_path", b"").decode("ascii", "replace")
     shown = {"request_id": request_id, "status": status, "ms": round(seconds * 1000, 1), **fields}
-    access.log(level, "%s %s", scope["method"], path, extra=shown)
+    access.log(level, "%s %s", scope["method"], _path(scope), extra=shown)
+
+
+def _path(scope: Scope) -> str:
+    """As it came, percent-encoded: a client's control characters must not make their own lines."""
+    found: str = scope.get("raw_path", b"").decode("ascii", "backslashreplace")
+    return found

@@ -7,9 +7,10 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-import vattn
 from vattn.server.auth import ADMIN_PREFIX, is_open
+from vattn.server.openai.chat_documents import ChatCompletionChunk
 from vattn.server.settings import ServerSettings
+from vattn.version import __version__
 
 TITLE = "vattn"
 _DESCRIPTION = (
@@ -49,13 +50,15 @@ _ENGINE = {
 def document(app: FastAPI, settings: ServerSettings) -> dict[str, Any]:
     """The document of an app's routes."""
     found = get_openapi(
-        title=TITLE, version=vattn.__version__, description=_DESCRIPTION, routes=app.routes
+        title=TITLE, version=__version__, description=_DESCRIPTION, routes=app.routes
     )
     parts = found.setdefault("components", {})
     schemas = parts.setdefault("schemas", {})
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
     schemas["Error"] = _ERROR
+    chunk = ChatCompletionChunk.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas |= {**chunk.pop("$defs"), "ChatCompletionChunk": chunk}
     parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, operations in found["paths"].items():
         for operation in operations.values():

@@ -17,9 +17,9 @@ MAX_HEAD_BYTES = 64 << 10
 class PatientProtocol(HttpToolsProtocol):
     """A connection whose requests must arrive whole in ``receive_s`` seconds, else 408 and its end.
 
-    A client that takes nothing of its response for ``stall_s`` seconds is cut off, so that its
-    request ends and gives its pages back. Heads beyond :data:`MAX_HEAD_BYTES` get 431. Between two
-    requests uvicorn's keep-alive timeout holds.
+    A client with a full buffer (64 KiB) that in ``stall_s`` seconds does not take it down to a
+    quarter is cut off, so that its request ends and gives its pages back. Heads beyond
+    :data:`MAX_HEAD_BYTES` get 431. Between two requests uvicorn's keep-alive timeout holds.
     """
 
     receive_s = 30.0
@@ -86,7 +86,7 @@ class PatientProtocol(HttpToolsProtocol):
         self._stalled = self.loop.call_later(self.stall_s, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """It took something."""
+        """It took most of what waited."""
         self._end_stall()
         super().resume_writing()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 
 WINDOW_S = 60
 _SMALLEST_S = 1e-5
@@ -17,7 +18,6 @@ class Recent:
 
     def __init__(self) -> None:
         self._total = [0] * _BUCKETS
-        self._count = 0
         self._seconds: deque[tuple[int, list[int]]] = deque()  # oldest first, none twice
 
     def add(self, now_s: float, seconds: float, count: int = 1) -> None:
@@ -29,30 +29,40 @@ class Recent:
         at = _bucket(seconds)
         self._seconds[-1][1][at] += count
         self._total[at] += count
-        self._count += count
 
-    def summary(self, now_s: float) -> dict[str, float | int | None]:
-        """How many there were in the last minute, and ``p50``, ``p90``, ``p99`` in seconds."""
+    def summary(
+        self, now_s: float, also: Iterable[tuple[float, int]] = ()
+    ) -> dict[str, float | int | None]:
+        """How many there were in the last minute, and ``p50``, ``p90``, ``p99`` in seconds.
+
+        Args:
+            now_s: as for :meth:`add`.
+            also: durations and how many, that count this time only.
+        """
         self._expire(int(now_s))
-        found: dict[str, float | int | None] = {"count": self._count}
+        counts = self._total.copy()
+        for seconds, count in also:
+            counts[_bucket(seconds)] += count
+        whole = sum(counts)
+        found: dict[str, float | int | None] = {"count": whole}
         for percent in _PERCENTILES:
-            found[f"p{percent}"] = self._percentile(percent) if self._count else None
+            found[f"p{percent}"] = _percentile(counts, whole, percent) if whole else None
         return found
-
-    def _percentile(self, percent: int) -> float:
-        rank = math.ceil(self._count * percent / 100)
-        below = 0
-        for at, count in enumerate(self._total):
-            below += count
-            if below >= rank:
-                return _middle(at)
-        raise AssertionError(f"{self._count} durations, and {below} in buckets")
 
     def _expire(self, second: int) -> None:
         while self._seconds and self._seconds[0][0] <= second - WINDOW_S:
             _, counts = self._seconds.popleft()
-            self._count -= sum(counts)
             self._total = [all_ - old for all_, old in zip(self._total, counts, strict=True)]
+
+
+def _percentile(counts: list[int], whole: int, percent: int) -> float:
+    rank = math.ceil(whole * percent / 100)
+    below = 0
+    for at, count in enumerate(counts):
+        below += count
+        if below >= rank:
+            return _middle(at)
+    raise AssertionError(f"{whole} durations, and {below} in buckets")
 
 
 def _bucket(seconds: float) -> int:

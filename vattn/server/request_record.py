@@ -19,7 +19,10 @@ LATENCIES = ("time_to_first_token", "inter_token", "end_to_end")
 
 
 class RequestFigures:
-    """Counters and histograms of requests.
+    """Counters and histograms of requests; tokens are counted by the engine.
+
+    What is of a whole request has one value for each that came to its end, and none for those that
+    were given up: the engine tells no times of these.
 
     Args:
         max_model_len: where buckets of token counts end.
@@ -35,9 +38,6 @@ class RequestFigures:
         tokens = token_buckets(max_model_len)
         seconds = histograms.REQUEST_S
 
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, cached ones included.")
-        self.cached_tokens = self._counter("prompt_tokens_cached", "Of these, found in the cache.")
-        self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         ended = Counter(
             "vattn:request_success",
             "Requests that ended, by how.",
@@ -97,13 +97,9 @@ class RequestFigures:
             "request_decode_time_seconds", "From the first token to the last.", seconds
         )
 
-        # Plain numbers of the same, and the last minute, for the live page.
-        self.ended_count = self.prompt_count = self.generated_count = 0
+        # For the live page.
+        self.ended_count = 0
         self.recent = {name: Recent() for name in LATENCIES}
-
-    def _counter(self, name: str, text: str) -> Counter:
-        counter = Counter(f"vattn:{name}", text, tuple(self._labels), registry=self._registry)
-        return counter.labels(**self._labels)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         histogram = Histogram(
@@ -116,11 +112,16 @@ class RequestRecord:
     """One prompt on its way; made by ``ServerMetrics.begin``. For one event loop."""
 
     def __init__(
-        self, figures: RequestFigures, engine: EngineFigures, params: SamplingParams
+        self,
+        figures: RequestFigures,
+        engine: EngineFigures,
+        params: SamplingParams,
+        only_prompt: bool = False,
     ) -> None:
         self._figures = figures
         self._engine = engine
         self._params = params
+        self._only_prompt = only_prompt
         self._is_delta = params.output_kind is RequestOutputKind.DELTA
         self._is_stream = params.output_kind is not RequestOutputKind.FINAL_ONLY
         self._begun_s = time.monotonic()
@@ -134,8 +135,6 @@ class RequestRecord:
     def output(self, output: RequestOutput) -> None:
         """Counts what came; call it for each output, as it comes. Takes a few microseconds."""
         now_s = time.monotonic()
-        if self._last is None:
-            self._first(output)
         self._last = output
         for sample in output.outputs:
             held = self._tokens.get(sample.index, 0)
@@ -160,26 +159,18 @@ class RequestRecord:
         figures = self._figures
         figures.ended[reason or self._reason or FinishReason.ABORT.value].inc()
         figures.ended_count += 1
-        if self._last is not None:
+        if self._last is not None and self._last.finished:
             self._tell_whole(self._last)
 
     def drop(self) -> None:
         """It was refused before it began (RequestRefused): nothing of it is counted."""
         self._is_over = True
 
-    def _first(self, output: RequestOutput) -> None:
-        figures, prompt = self._figures, len(output.prompt_token_ids)
-        figures.prompt_tokens.inc(prompt)
-        figures.prompt_count += prompt
-        figures.cached_tokens.inc(output.num_cached_tokens)
-
     def _new_tokens(self, sample: CompletionOutput, new: int, now_s: float) -> None:
         figures, index = self._figures, sample.index
         is_first = not self._tokens
         held = self._tokens.get(index, 0)
         self._tokens[index] = held + new
-        figures.generation_tokens.inc(new)
-        figures.generated_count += new
         if not self._is_stream:
             self._spread(new, now_s, is_first)
             return
@@ -216,19 +207,20 @@ class RequestRecord:
         figures.recent["end_to_end"].add(now_s, now_s - self._begun_s)
         figures.prompt.observe(len(output.prompt_token_ids))
         figures.computed.observe(len(output.prompt_token_ids) - output.num_cached_tokens)
-        figures.generated.observe(sum(self._tokens.values()))
-        figures.longest.observe(max(self._tokens.values(), default=0))
+        figures.generated.observe(0 if self._only_prompt else sum(self._tokens.values()))
+        figures.longest.observe(0 if self._only_prompt else max(self._tokens.values(), default=0))
         figures.n.observe(params.n)
         if params.max_tokens is not None:
-            figures.max_tokens.observe(params.max_tokens)
+            figures.max_tokens.observe(0 if self._only_prompt else params.max_tokens)
         at = output.metrics
-        if not at.scheduled_s:
-            return
-        figures.queue_s.observe(max(0.0, at.scheduled_s - at.arrival_s))
-        if at.first_token_s:
-            figures.prefill_s.observe(max(0.0, at.first_token_s - at.scheduled_s))
-            figures.decode_s.observe(max(0.0, at.last_token_s - at.first_token_s))
-            figures.inference_s.observe(max(0.0, at.last_token_s - at.scheduled_s))
+        # What it did not come to, as a deadline may pass in the queue, took no time.
+        begun_s = at.scheduled_s or at.finished_s
+        first_s = at.first_token_s or at.finished_s
+        last_s = at.last_token_s or at.finished_s
+        figures.queue_s.observe(max(0.0, begun_s - at.arrival_s))
+        figures.prefill_s.observe(max(0.0, first_s - begun_s))
+        figures.decode_s.observe(max(0.0, last_s - first_s))
+        figures.inference_s.observe(max(0.0, last_s - begun_s))
         if self._tokens.get(0, 0) > 1:
             per_token_s = (at.last_token_s - at.first_token_s) / (self._tokens[0] - 1)
             figures.per_token_s.observe(max(0.0, per_token_s))

@@ -151,7 +151,7 @@ async def _drain(
     idle = asyncio.create_task(state.admission.wait_idle())
     hurried = asyncio.create_task(signals.second.wait())
     try:
-        running, timeout = state.admission.requests, state.settings.drain_timeout_s
+        running, timeout = state.admission.samples, state.settings.drain_timeout_s
         if running:
             logger.info("waiting up to %g s for %d prompts that are unfinished", timeout, running)
         await _first_of(idle, hurried, failing, timeout=timeout)

@@ -28,12 +28,14 @@ class ServerSettings:
         chat_template: the text of a Jinja template instead of the tokenizer's.
         enable_auto_tool_choice: ``tool_choice: "auto"`` is served.
         tool_call_parser: ``"hermes"`` or ``"llama3_json"``.
-        max_queued_requests: prompts that may wait beside those that run; more get 429.
-        max_queued_tokens: tokens (prompt and most new ones) of all unfinished prompts; more get
+        max_queued_requests: samples (``n`` of each prompt) that may wait beside those that run;
+            more get 429.
+        max_queued_tokens: tokens (prompts and most new ones) of all unfinished samples; more get
             429. None for no limit.
         max_body_bytes: of a request; larger ones get 413.
         body_timeout_s: for a request's head and body to arrive; slower clients get 408.
-        request_timeout_s: of a request in all; then it ends with what it has. None for no limit.
+        request_timeout_s: from a request's arrival, with tokenizing, compiling and waiting; then it
+            ends with what it has. None for no limit.
         drain_timeout_s: after SIGTERM, for what runs to end.
         allowed_origins: for CORS; none, the default, means that CORS is off.
         log_format: ``"text"`` or ``"json"``.
@@ -75,8 +77,11 @@ class ServerSettings:
         if not self.served_model_names or not all(self.served_model_names):
             raise ValueError(f"served_model_names={self.served_model_names!r} must have names")
         for kind in ("api_keys", "admin_keys"):
-            if not all(key.strip() == key != "" for key in getattr(self, kind)):
-                raise ValueError(f"{kind} has a key that is empty or begins or ends with a space")
+            if not all(re.fullmatch(r"[!-~]([ -~]*[!-~])?", key) for key in getattr(self, kind)):
+                raise ValueError(
+                    f"{kind} has a key that no header can carry; a key is of printable ASCII, at "
+                    "least one character, and neither begins nor ends with a space"
+                )
         self._check_limits()
         self._check_choices()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from fastapi import Request
@@ -35,6 +36,11 @@ class ServerState:
     metrics: ServerMetrics
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token of the tokenizer, as it writes them."""
+        return max(map(len, self.llm.tokenizer.get_vocab()))
 
 
 def state_of(request: Request) -> ServerState:

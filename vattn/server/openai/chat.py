@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,27 +11,42 @@ from typing import Any, ClassVar
 from fastapi import APIRouter, Request, Response
 from pydantic import Field, model_validator
 
-import vattn
 from vattn.server.errors import ApiError
-from vattn.server.observe import CLIENT_LEFT, note
+from vattn.server.observe import CLIENT_LEFT
 from vattn.server.openai.chat_choices import ChatChoice
 from vattn.server.openai.chat_documents import RESPONSES
-from vattn.server.openai.chat_messages import MessageField, text_of
+from vattn.server.openai.chat_messages import MOST_MESSAGES, MessageField, text_of
 from vattn.server.openai.chat_template import chat_prompt
-from vattn.server.openai.common import SamplingFields, check_model, refused, request_id_of
+from vattn.server.openai.common import (
+    INT64,
+    SamplingFields,
+    check_model,
+    note_end,
+    note_user,
+    refused,
+    request_id_of,
+)
 from vattn.server.openai.connected import ClientGone, while_connected
-from vattn.server.openai.logprobs import prompt_logprobs_body
+from vattn.server.openai.logprobs import ChatLogprobs, prompt_logprobs_body
 from vattn.server.openai.off import COMMON_OFF, Off
 from vattn.server.openai.run import Job, run
-from vattn.server.openai.sampling import make_params, room_for, truncated
-from vattn.server.openai.sse import HOLE, Chunk, EventStream, encode_json, event
-from vattn.server.openai.tool_choice import ToolChoice, ToolField, ToolPlan, plan_tools
+from vattn.server.openai.sampling import check_length, make_params, room_for, truncated
+from vattn.server.openai.sse import HOLE, EventStream, TextChunks, encode_json, event, only_text
+from vattn.server.openai.token_bytes import TokenBytes
+from vattn.server.openai.tool_choice import (
+    ToolChoice,
+    ToolPlan,
+    ToolsField,
+    check_format,
+    plan_tools,
+)
 from vattn.server.openai.usage import Usage
 from vattn.server.state import ServerState, state_of
+from vattn.version import __version__
 
 router = APIRouter()
 
-FINGERPRINT = f"vattn-{vattn.__version__}"
+FINGERPRINT = f"vattn-{__version__}"
 
 _OFF: Off = {
     **COMMON_OFF,
@@ -58,14 +73,14 @@ class ChatCompletionRequest(SamplingFields):
 
     OFF: ClassVar[Off] = _OFF
 
-    messages: list[MessageField] = Field(min_length=1, fail_fast=True)
+    messages: list[MessageField] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     max_tokens: int | None = Field(
-        None, ge=1, description="All that there is room for if left out."
+        None, ge=1, lt=INT64, description="All that there is room for if left out."
     )
-    max_completion_tokens: int | None = Field(None, ge=1, description="As `max_tokens`.")
+    max_completion_tokens: int | None = Field(None, ge=1, lt=INT64, description="As `max_tokens`.")
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0)
-    tools: list[ToolField] | None = None
+    top_logprobs: int | None = Field(None, ge=0, lt=INT64)
+    tools: ToolsField | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     echo: bool | None = Field(None, description="Begin with the message that is continued.")
@@ -88,6 +103,8 @@ class ChatCompletionRequest(SamplingFields):
                 "continue_final_message",
                 "continue_final_message=true needs add_generation_prompt=false",
             )
+        if self.parallel_tool_calls is False and not self.tools:
+            raise refused("parallel_tool_calls", "parallel_tool_calls=false needs tools")
         if self.echo and not self.continue_final_message:
             raise refused("echo", "echo needs continue_final_message=true")
         return self
@@ -96,6 +113,11 @@ class ChatCompletionRequest(SamplingFields):
     def limit(self) -> int | None:
         """Most new tokens, if the client said."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def limit_name(self) -> str:
+        """Its field."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def parallel(self) -> bool:
@@ -110,29 +132,31 @@ class _Task:
     Args:
         head: fields that all its responses have, but ``object``.
         body: what was asked for.
+        request: for its line in the log.
         job: for the engine.
         plan: of its tool calls.
+        logprobs: tells the log probabilities; None for none.
         echo: text to begin with.
     """
 
     head: dict[str, Any]
     body: ChatCompletionRequest
+    request: Request
     job: Job
     plan: ToolPlan
+    logprobs: ChatLogprobs | None
     echo: str
 
     def choices(self) -> list[ChatChoice]:
         """Fresh ones, of all samples."""
         body = self.body
-        top = (body.top_logprobs or 0) if body.logprobs else None
         return [
             ChatChoice(
                 index,
                 parser=self.plan.make_parser() if self.plan.make_parser else None,
                 parallel=body.parallel,
                 echo=self.echo,
-                top_logprobs=top,
-                tokens_as_ids=bool(body.return_tokens_as_token_ids),
+                logprobs=self.logprobs,
                 token_ids=bool(body.return_token_ids),
             )
             for index in range(body.samples)
@@ -143,8 +167,7 @@ class _Task:
 async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
     """Answers a chat."""
     state = state_of(request)
-    if body.user is not None:
-        note(request, user=body.user)
+    note_user(request, body)
     try:
         task = await while_connected(request.receive, _understood(state, request, body))
         if body.stream:
@@ -167,9 +190,11 @@ async def _understood(state: ServerState, request: Request, body: ChatCompletion
     if plan.structured_outputs is not None and body.structured_outputs is not None:
         raise ApiError(
             400,
-            "structured_outputs cannot be had with a tool_choice that makes the answer a call",
+            "structured_outputs cannot be had with a tool_choice that makes the answer a call, nor "
+            "with strict tools",
             param="structured_outputs",
         )
+    check_format(plan, body.response_format.type if body.response_format else "text")
     most = state.settings.max_logprobs
     if (body.top_logprobs or 0) > most:
         raise ApiError(
@@ -177,6 +202,10 @@ async def _understood(state: ServerState, request: Request, body: ChatCompletion
             f"top_logprobs={body.top_logprobs} must be at least 0 and at most {most}",
             param="top_logprobs",
         )
+    state.admission.expect(body.samples)
+    if body.truncate_prompt_tokens is None:
+        chars = sum(len(text_of(message.content)) for message in body.messages)
+        check_length(state, chars, param="messages")
     ids = await chat_prompt(
         state,
         body.messages,
@@ -190,7 +219,7 @@ async def _understood(state: ServerState, request: Request, body: ChatCompletion
     params = make_params(
         state,
         body,
-        max_tokens=room_for(state, len(ids), body.limit, param="messages"),
+        max_tokens=room_for(state, len(ids), body.limit, param="messages", limit=body.limit_name),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
         structured_outputs=plan.structured_outputs,
@@ -201,9 +230,25 @@ async def _understood(state: ServerState, request: Request, body: ChatCompletion
         "model": model,
         "system_fingerprint": FINGERPRINT,
     }
-    job = Job(prompts=[ids], params=params, request_id=request_id, body=body)
+    job = Job(
+        prompts=[ids],
+        params=params,
+        request_id=request_id,
+        arrival_s=request.state.arrival_s,
+        body=body,
+        parts=plan.parts,
+    )
     echo = text_of(body.messages[-1].content) if body.echo else ""
-    return _Task(head=head, body=body, job=job, plan=plan, echo=echo)
+    logprobs = None
+    if body.logprobs:
+        logprobs = ChatLogprobs(
+            TokenBytes(state.llm.tokenizer),
+            body.top_logprobs or 0,
+            as_ids=bool(body.return_tokens_as_token_ids),
+        )
+    return _Task(
+        head=head, body=body, request=request, job=job, plan=plan, logprobs=logprobs, echo=echo
+    )
 
 
 async def _whole(state: ServerState, task: _Task) -> bytes:
@@ -226,6 +271,7 @@ async def _whole(state: ServerState, task: _Task) -> bytes:
         "usage": usage.body(),
         **extra,
     }
+    _note(task, usage, choices)
     return encode_json(whole)
 
 
@@ -238,20 +284,18 @@ async def _events(state: ServerState, task: _Task) -> AsyncGenerator[bytes, None
         body.usage_always or body.logprobs or body.return_token_ids or task.plan.make_parser
     )
     told: dict[str, Any] = {"usage": None} if body.include_usage else {}
-    chunks: dict[int, Chunk] = {}
+    chunks = TextChunks(
+        lambda index: {**head, "choices": [choices[index].part({"content": HOLE})], **told}
+    )
     begun = False
     async with aclosing(run(state, task.job)) as outputs:
         async for number, output in outputs:
             usage.add(number, output)
             if body.usage_always:
                 told = {"usage": usage.body()}
-            if plain and begun and len(output.outputs) == 1 and not output.outputs[0].finish_reason:
-                sample = output.outputs[0]
-                if sample.text:
-                    chunk = chunks.get(sample.index)
-                    if chunk is None:
-                        chunk = chunks[sample.index] = _text_chunk(head, sample.index, told)
-                    yield chunk.event(sample.text)
+            if plain and begun and (more := only_text(output)) is not None:
+                if more.text:
+                    yield chunks.event(more.index, more.text)
                 continue
             events = []
             if not begun:
@@ -268,15 +312,10 @@ async def _events(state: ServerState, task: _Task) -> AsyncGenerator[bytes, None
             ]
             if events:
                 yield b"".join(events)
+    _note(task, usage, choices)
     if body.include_usage:
         yield event({**head, "choices": [], "usage": usage.body()})
 
 
-def _text_chunk(head: dict[str, Any], index: int, told: dict[str, Any]) -> Chunk:
-    choice = {
-        "index": index,
-        "delta": {"content": HOLE},
-        "logprobs": None,
-        "finish_reason": None,
-    }
-    return Chunk({**head, "choices": [choice], **told})
+def _note(task: _Task, usage: Usage, choices: Sequence[ChatChoice]) -> None:
+    note_end(task.request, usage.body(), [choice.finish_reason for choice in choices])

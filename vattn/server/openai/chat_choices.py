@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vattn.outputs import CompletionOutput
-from vattn.server.openai.logprobs import chat_logprobs
+from vattn.server.openai.logprobs import ChatLogprobs
 from vattn.server.openai.run import finish_reason, stop_reason
 from vattn.server.tools.base import (
     CallBegins,
@@ -29,8 +29,7 @@ class ChatChoice:
         parser: of tool calls; None if the text is all content.
         parallel: tell more calls than the first.
         echo: text to begin with.
-        top_logprobs: likeliest tokens to tell at each position; None for no log probabilities.
-        tokens_as_ids: they are named ``token_id:N``.
+        logprobs: tells the log probabilities; None for none.
         token_ids: tell the token ids.
     """
 
@@ -41,36 +40,38 @@ class ChatChoice:
         parser: ToolParser | None = None,
         parallel: bool = True,
         echo: str = "",
-        top_logprobs: int | None = None,
-        tokens_as_ids: bool = False,
+        logprobs: ChatLogprobs | None = None,
         token_ids: bool = False,
     ) -> None:
         self._index = index
         self._parser = parser
         self._parallel = parallel
         self._echo = echo
-        self._top_logprobs = top_logprobs
-        self._tokens_as_ids = tokens_as_ids
+        self._logprobs = logprobs
         self._token_ids = token_ids
+        self.finish_reason: str | None = None  # as it was told
         self._pieces: list[Piece] = []
         self._calls = 0  # that have begun
         self._complete = 0
-        self._end: dict[str, Any] = {"logprobs": None, "finish_reason": None}
+        self._is_cut = False  # a call was told, and the end of the text is within it
+        self._held: list[CompletionOutput] = []  # no text came of these yet
+        self._end = self._rest([])
 
     # Whole ----------------------------------------------------------------------------------------
 
     def add(self, sample: CompletionOutput) -> None:
         """All of the sample."""
         self._pieces += self._parsed(sample)
-        self._end = self._rest(sample)
+        self._end = self._rest([sample])
 
     def whole(self) -> dict[str, Any]:
         """The choice with its message."""
         found = gather(self._pieces)
         calls = found.calls if self._parallel else found.calls[:1]
         end = self._end
-        if calls and end["finish_reason"] == "stop":
+        if calls and not calls[-1].is_cut and end["finish_reason"] == "stop":
             end["finish_reason"] = "tool_calls"
+        self.finish_reason = end["finish_reason"]
         content = self._echo + found.content
         message: dict[str, Any] = {
             "role": "assistant",
@@ -85,24 +86,28 @@ class ChatChoice:
 
     def begin(self) -> dict[str, Any]:
         """The first delta, with the role."""
-        delta = {"role": "assistant", "content": self._echo}
-        return {"index": self._index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return self.part({"role": "assistant", "content": self._echo})
+
+    def part(self, delta: dict[str, Any]) -> dict[str, Any]:
+        """A delta that is not the last one of an output."""
+        return {"index": self._index, "delta": delta, **self._rest([])}
 
     def deltas(self, sample: CompletionOutput) -> list[dict[str, Any]]:
-        """What a further output adds; the last delta has what is known of all its tokens."""
+        """What a further output adds, maybe nothing yet.
+
+        The last delta has what is known of all tokens since the delta before.
+        """
         deltas = list(self._deltas(self._parsed(sample)))
-        rest = self._rest(sample)
-        if self._complete and rest["finish_reason"] == "stop":
-            rest["finish_reason"] = "tool_calls"
-        tells = rest["finish_reason"] or rest["logprobs"] or rest.get("token_ids")
-        if not deltas and not tells:
+        self._held.append(sample)
+        if not deltas and not sample.finish_reason:
             return []
-        deltas = deltas or [{}]
-        plain = {"logprobs": None, "finish_reason": None}
-        return [
-            {"index": self._index, "delta": delta, **(rest if n == len(deltas) else plain)}
-            for n, delta in enumerate(deltas, 1)
-        ]
+        rest = self._rest(self._held)
+        self._held = []
+        if self._complete and not self._is_cut and rest["finish_reason"] == "stop":
+            rest["finish_reason"] = "tool_calls"
+        self.finish_reason = rest["finish_reason"]
+        *before, last = deltas or [{}]
+        return [*map(self.part, before), {"index": self._index, "delta": last, **rest}]
 
     def _deltas(self, pieces: Iterable[Piece]) -> Iterable[dict[str, Any]]:
         for piece in pieces:
@@ -122,6 +127,8 @@ class ChatChoice:
                     yield self._call_delta(function={"arguments": arguments})
                 case CallEnds(complete=True) if told:
                     self._complete += 1
+                case CallEnds(is_cut=True):
+                    self._is_cut |= told
                 case CallEnds(complete=False, rest=rest) if rest:
                     yield {"content": rest}
 
@@ -136,23 +143,21 @@ class ChatChoice:
         pieces = self._parser.feed(sample.text)
         return pieces + self._parser.finish() if sample.finish_reason else pieces
 
-    def _rest(self, sample: CompletionOutput) -> dict[str, Any]:
-        logprobs = None
-        if self._top_logprobs is not None and sample.token_ids:
-            content = chat_logprobs(
-                sample.token_ids,
-                sample.logprobs or [],
-                self._top_logprobs,
-                as_ids=self._tokens_as_ids,
-            )
-            logprobs = {"content": content, "refusal": None}
+    def _rest(self, samples: Sequence[CompletionOutput]) -> dict[str, Any]:
+        """What is told of outputs beside their text."""
+        content: list[dict[str, Any]] = []
+        if self._logprobs is not None:
+            for sample in samples:
+                content += self._logprobs.of(sample.token_ids, sample.logprobs or [])
+        ended = samples[-1] if samples else None
+        reason = ended.finish_reason if ended else None
         rest: dict[str, Any] = {
-            "logprobs": logprobs,
-            "finish_reason": finish_reason(sample.finish_reason),
-            "stop_reason": stop_reason(sample.finish_reason, sample.stop_reason),
+            "logprobs": {"content": content, "refusal": None} if content else None,
+            "finish_reason": finish_reason(reason),
+            "stop_reason": stop_reason(reason, ended.stop_reason if ended else None),
         }
         if self._token_ids:
-            rest["token_ids"] = sample.token_ids
+            rest["token_ids"] = [token for sample in samples for token in sample.token_ids]
         return rest
 
 

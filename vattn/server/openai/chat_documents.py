@@ -79,10 +79,59 @@ class ChatCompletion(BaseModel):
     prompt_token_ids: list[int] | None = None
 
 
+class FunctionCallDelta(BaseModel):
+    """``name`` where a call begins, then parts of ``arguments``."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(BaseModel):
+    """A call that begins, with ``id`` and ``type``, or that goes on."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCallDelta
+
+
+class ChatDelta(BaseModel):
+    """What is new of an answer; the first one has the role."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+
+
+class ChatChoiceDelta(BaseModel):
+    """One sample; its last delta has the reasons of its end."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
+    stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
+
+
+class ChatCompletionChunk(BaseModel):
+    """An event of a stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoiceDelta]
+    usage: UsageInfo | None = None
+    prompt_token_ids: list[int] | None = None
+
+
 RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "model": ChatCompletion,
-        "description": "The answer; with `stream`, events that end with `data: [DONE]`.",
+        "description": "The answer; with `stream`, events that are each a "
+        "`ChatCompletionChunk`, and end with `data: [DONE]`.",
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     },
 }

@@ -13,6 +13,7 @@ from vattn.server.errors import ApiError
 from vattn.server.openai.common import Body, refused
 from vattn.server.openai.off import Off
 
+MOST_MESSAGES = 8192  # of a request; and most parts of a message, and most calls in one
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -37,7 +38,11 @@ def _kind(content: Any) -> str:
 
 Content = Annotated[
     Annotated[str, Tag("(text)")]
-    | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("(parts)")],
+    | Annotated[
+        list[TextPart],
+        Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True),
+        Tag("(parts)"),
+    ],
     Discriminator(_kind),
 ]
 
@@ -92,7 +97,9 @@ class AssistantMessage(Body):
     role: Literal["assistant"]
     content: Content | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: (
+        Annotated[list[ToolCall], Field(max_length=MOST_MESSAGES, fail_fast=True)] | None
+    ) = None
     parsed: Any = None
 
     @model_validator(mode="after")

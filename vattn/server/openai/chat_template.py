@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,9 +12,8 @@ from vattn.server.errors import ApiError
 from vattn.server.openai.chat_messages import Message, for_template, text_of
 from vattn.server.openai.sampling import encode
 from vattn.server.state import ServerState
+from vattn.texts import beside
 
-# Of all messages; a longer chat is rendered in a thread, so that others' streams go on meanwhile.
-_LONG_CHARS = 16_384
 _MESSAGE_CHARS = 64  # what a message takes beside its text
 _OWN = {
     *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
@@ -76,7 +75,8 @@ async def chat_prompt(
         )
 
     chars = sum(len(text_of(message.content)) + _MESSAGE_CHARS for message in messages)
-    text = await asyncio.to_thread(render) if chars > _LONG_CHARS else render()
+    # Nobody has counted the characters of tools and variables.
+    text = await beside(sys.maxsize if listed or given else chars, render)
     ids = await encode(state.llm, text, add_special_tokens=add_special_tokens)
     if not ids:
         raise ApiError(400, "the messages come to no tokens; say something", param="messages")

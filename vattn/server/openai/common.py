@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import Request
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from vattn.sampling_params import MAX_LOGIT_BIAS
 from vattn.server.errors import ApiError
+from vattn.server.observe import note
 from vattn.server.openai.off import COMMON_OFF, Off
 from vattn.server.state import ServerState
 
-_INT64 = 1 << 63
+INT64 = 1 << 63
+MOST_SAMPLES = 128  # of a prompt, as OpenAI has it
 _MAX_ID = 128
+# Stop strings are looked for in both processes after each token, and bad words are tokenized.
+_MOST_STOPS = 16
+_MOST_BAD_WORDS = 1024
+_LONGEST_WORD = 1024
 
 
 class Body(BaseModel):
@@ -81,8 +87,27 @@ class JsonSchemaFormat(Body):
     json_schema: JsonSchema
 
 
+class Structure(Body):
+    """JSON of a schema between two texts."""
+
+    begin: str
+    schema_: dict[str, Any] | bool = Field(alias="schema")
+    end: str
+
+
+class StructuralTagFormat(Body):
+    """vLLM's format of free text with structures in it; see ``vattn.StructuredOutputsParams``."""
+
+    OFF: ClassVar[Off] = {"format": ()}
+
+    type: Literal["structural_tag"]
+    structures: list[Structure] = Field(min_length=1)
+    triggers: list[str] = Field(min_length=1)
+
+
 ResponseFormat = Annotated[
-    TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")
+    TextFormat | JsonObjectFormat | JsonSchemaFormat | StructuralTagFormat,
+    Field(discriminator="type"),
 ]
 
 
@@ -92,7 +117,6 @@ class StructuredOutputs(Body):
     OFF: ClassVar[Off] = {
         "disable_fallback": (False,),
         "disable_additional_properties": (False,),
-        "structural_tag": (),
     }
 
     json_: str | dict[str, Any] | None = Field(None, alias="json")
@@ -100,8 +124,16 @@ class StructuredOutputs(Body):
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    structural_tag: str | None = None
     disable_any_whitespace: bool | None = None
     whitespace_pattern: str | None = None
+
+
+_Word = Annotated[str, Field(max_length=_LONGEST_WORD)]
+_Bias = Annotated[float, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)]
+_TokenIds = Annotated[
+    list[int], Field(fail_fast=True)
+]  # no more than the vocabulary has: see make_params
 
 
 class SamplingFields(Body):
@@ -116,30 +148,35 @@ class SamplingFields(Body):
     model: str | None = None
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, lt=_INT64)
+    top_k: int | None = Field(None, ge=-1, lt=INT64)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    n: int | None = Field(None, ge=1, le=4096)
-    stop: str | list[str] | None = None
-    seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
-    logit_bias: dict[str, float] | None = None
-    user: str | None = Field(None, description="Told in the log.")
+    n: int | None = Field(None, ge=1, le=MOST_SAMPLES)
+    stop: _Word | Annotated[list[_Word], Field(max_length=_MOST_STOPS, fail_fast=True)] | None = (
+        None
+    )
+    seed: int | None = Field(None, ge=-INT64, lt=INT64)
+    logit_bias: dict[str, _Bias] | None = None
+    user: str | None = Field(None, description="Its first 200 characters are told in the log.")
+    safety_identifier: str | None = Field(None, description="As `user`.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
-    min_tokens: int | None = Field(None, ge=0, lt=_INT64)
-    stop_token_ids: list[int] | None = None
+    min_tokens: int | None = Field(None, ge=0, lt=INT64)
+    stop_token_ids: _TokenIds | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
-    truncate_prompt_tokens: int | None = Field(None, ge=-1, lt=_INT64)
-    prompt_logprobs: int | None = Field(None, ge=0)
+    bad_words: Annotated[list[_Word], Field(max_length=_MOST_BAD_WORDS, fail_fast=True)] | None = (
+        None
+    )
+    allowed_token_ids: _TokenIds | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, lt=INT64)
+    prompt_logprobs: int | None = Field(None, ge=0, lt=INT64)
     structured_outputs: StructuredOutputs | None = None
     response_format: ResponseFormat | None = None
-    priority: int | None = Field(None, ge=-_INT64, lt=_INT64)
+    priority: int | None = Field(None, ge=-INT64, lt=INT64)
     cache_salt: str | None = Field(None, min_length=1, max_length=1024)
     request_id: str | None = Field(None, min_length=1, max_length=_MAX_ID)
     return_token_ids: bool | None = None
@@ -228,53 +265,18 @@ def request_id_of(request: Request, body: SamplingFields, prefix: str) -> str:
     return f"{prefix}-{given}"
 
 
-def api_error_of(error: RequestValidationError) -> ApiError:
-    """The first of what is wrong with a request, as OpenAI tells it: 400 with the field's path."""
-    errors: Sequence[Any] = error.errors()
-    first = errors[0]
-    context = first.get("ctx") or {}
-    where = tuple(first["loc"])
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is no JSON: {context.get('error', first['msg'])}")
-    if first["type"] == "refused":
-        path = _path((*where, context["param"]), error.body)
-        return ApiError(400, context["message"], param=_written(path))
-    # Of a union there is an error for each of its members; the one that got furthest is meant.
-    paths = [_path(tuple(each["loc"]), error.body) for each in errors]
-    path = max((each for each in paths if each[:1] == paths[0][:1]), key=len)
-    same = [each for each, its in zip(errors, paths, strict=True) if its == path]
-    first = same[0]
-    param = _written(path)
-    if not path:
-        return ApiError(400, "the body must be a JSON object, sent as application/json")
-    if first["type"] == "missing":
-        return ApiError(400, f"{param} is missing; it is needed", param=param)
-    if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{param} is not supported; leave it out", param=param)
-    reasons = dict.fromkeys(each["msg"] for each in same)
-    value = reprlib.repr(first.get("input"))
-    return ApiError(400, f"{param}={value}: {'; or: '.join(reasons)}", param=param)
+def note_user(request: Request, body: SamplingFields) -> None:
+    """Tells the log who asks, if the client says."""
+    for name in ("user", "safety_identifier"):
+        if (value := getattr(body, name)) is not None:
+            note(request, **{name: value})
 
 
-def _path(where: tuple[int | str, ...], body: Any) -> list[int | str]:
-    """The parts of pydantic's path that are in the request: not the names of union members."""
-    path: list[int | str] = []
-    at = body
-    for number, part in enumerate(where[1:], 2):
-        inside = isinstance(at, list) and isinstance(part, int) and part < len(at)
-        if inside or (isinstance(at, dict) and part in at):
-            at = at[part]
-        elif not (isinstance(at, dict) and number == len(where) and isinstance(part, str)):
-            continue  # unless it is the name of a missing field
-        path.append(part)
-    return path
-
-
-def _written(path: Sequence[int | str]) -> str | None:
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text or None
+def note_end(request: Request, usage: Mapping[str, Any], reasons: Iterable[str | None]) -> None:
+    """Tells the log what a response came to: tokens, and how its choices ended."""
+    ends = sorted({reason for reason in reasons if reason})
+    counts = {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
+    note(request, **counts, finish=",".join(ends))
 
 
 def _same(value: Any, off: Any) -> bool:

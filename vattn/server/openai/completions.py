@@ -13,10 +13,13 @@ from pydantic import Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from vattn.outputs import CompletionOutput, RequestOutput
-from vattn.server.observe import CLIENT_LEFT, note
+from vattn.server.observe import CLIENT_LEFT
 from vattn.server.openai.common import (
+    INT64,
     SamplingFields,
     check_model,
+    note_end,
+    note_user,
     refused,
     request_id_of,
 )
@@ -25,8 +28,14 @@ from vattn.server.openai.documents import RESPONSES
 from vattn.server.openai.logprobs import CompletionLogprobs, Entry, prompt_logprobs_body
 from vattn.server.openai.off import COMMON_OFF, Off
 from vattn.server.openai.run import Job, finish_reason, run, stop_reason
-from vattn.server.openai.sampling import encode_all, make_params, room_for, truncated
-from vattn.server.openai.sse import HOLE, Chunk, EventStream, encode_json, event
+from vattn.server.openai.sampling import (
+    check_length,
+    encode_all,
+    make_params,
+    room_for,
+    truncated,
+)
+from vattn.server.openai.sse import HOLE, EventStream, TextChunks, encode_json, event, only_text
 from vattn.server.openai.usage import Usage
 from vattn.server.state import ServerState, state_of
 
@@ -62,8 +71,8 @@ class CompletionBody(SamplingFields):
     OFF: ClassVar[Off] = {**COMMON_OFF, "suffix": ("",), "prompt_embeds": ()}
 
     prompt: _Prompt
-    max_tokens: int | None = Field(None, ge=0, description="16 if left out; 0 with echo.")
-    logprobs: int | None = Field(None, ge=0)
+    max_tokens: int | None = Field(None, ge=0, lt=INT64, description="16 if left out; 0 with echo.")
+    logprobs: int | None = Field(None, ge=0, lt=INT64)
     echo: bool | None = None
     best_of: int | None = Field(None, description="As `n`, or left out.")
     add_special_tokens: bool | None = None
@@ -108,8 +117,7 @@ class _Task:
 async def completions(body: CompletionBody, request: Request) -> Response:
     """Continues one prompt or several."""
     state = state_of(request)
-    if body.user is not None:
-        note(request, user=body.user)
+    note_user(request, body)
     try:
         task = await while_connected(request.receive, _understood(state, request, body))
         if body.stream:
@@ -128,6 +136,7 @@ async def _understood(state: ServerState, request: Request, body: CompletionBody
     """
     model = check_model(state, body.model)
     request_id = request_id_of(request, body, "cmpl")
+    state.admission.expect(_count(body.prompt) * body.samples)
     asked = body.max_tokens
     prompts = await _token_ids(state, body)
     prompts = [truncated(state, ids, body.truncate_prompt_tokens, asked) for ids in prompts]
@@ -148,13 +157,26 @@ async def _understood(state: ServerState, request: Request, body: CompletionBody
         "created": int(time.time()),
         "model": model,
     }
-    job = Job(prompts=prompts, params=params, request_id=request_id, body=body)
+    job = Job(
+        prompts=prompts,
+        params=params,
+        request_id=request_id,
+        arrival_s=request.state.arrival_s,
+        body=body,
+    )
     return _Task(head=head, body=body, job=job, request=request, decode=state.llm.tokenizer.decode)
+
+
+def _count(prompt: Any) -> int:
+    """How many prompts are in one field."""
+    return 1 if isinstance(prompt, str) or isinstance(prompt[0], int) else len(prompt)
 
 
 async def _token_ids(state: ServerState, body: CompletionBody) -> list[list[int]]:
     prompts: Any = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     if isinstance(prompts[0], str):
+        if body.truncate_prompt_tokens is None:
+            check_length(state, max(map(len, prompts)), param="prompt")
         special = body.add_special_tokens is not False
         return await encode_all(state.llm, prompts, add_special_tokens=special)
     found: list[list[int]] = [prompts] if isinstance(prompts[0], int) else prompts
@@ -171,7 +193,7 @@ async def _whole(state: ServerState, task: _Task) -> bytes:
             found += choices.of(number, output)
     found.sort(key=lambda choice: choice["index"])
     told = choices.counted(usage)
-    _note(task, told)
+    note_end(task.request, told, choices.reasons)
     return encode_json({**task.head, "choices": found, "usage": told})
 
 
@@ -182,19 +204,14 @@ async def _events(state: ServerState, task: _Task) -> AsyncGenerator[bytes, None
     plain = not (
         body.echo or body.return_token_ids or body.usage_always or body.logprobs is not None
     )
-    chunks: dict[int, Chunk] = {}
     nothing: dict[str, Any] = {"usage": None} if body.include_usage else {}
+    chunks = TextChunks(lambda index: {**task.head, "choices": [_part(index, HOLE)], **nothing})
     async with aclosing(run(state, task.job)) as outputs:
         async for number, output in outputs:
             usage.add(number, output)
-            if plain and len(output.outputs) == 1 and not output.outputs[0].finish_reason:
-                sample = output.outputs[0]
-                if sample.text:
-                    index = number * body.samples + sample.index
-                    chunk = chunks.get(index)
-                    if chunk is None:
-                        chunk = chunks[index] = _text_chunk(task, index, nothing)
-                    yield chunk.event(sample.text)
+            if plain and (more := only_text(output)) is not None:
+                if more.text:
+                    yield chunks.event(number * body.samples + more.index, more.text)
                 continue
             if body.usage_always:
                 nothing = {"usage": choices.counted(usage)}
@@ -205,24 +222,20 @@ async def _events(state: ServerState, task: _Task) -> AsyncGenerator[bytes, None
             if events:
                 yield b"".join(events)
     told = choices.counted(usage)
-    _note(task, told)
+    note_end(task.request, told, choices.reasons)
     if body.include_usage:
         yield event({**task.head, "choices": [], "usage": told})
 
 
-def _note(task: _Task, usage: dict[str, Any]) -> None:
-    note(task.request, **{name: usage[name] for name in ("prompt_tokens", "completion_tokens")})
-
-
-def _text_chunk(task: _Task, index: int, rest: dict[str, Any]) -> Chunk:
-    choice = {
+def _part(index: int, text: str) -> dict[str, Any]:
+    """A choice that tells text only; more is put into it."""
+    return {
         "index": index,
-        "text": HOLE,
+        "text": text,
         "logprobs": None,
         "finish_reason": None,
         "stop_reason": None,
     }
-    return Chunk({**task.head, "choices": [choice], **rest})
 
 
 class _Choices:
@@ -234,6 +247,7 @@ class _Choices:
 
     def __init__(self, task: _Task) -> None:
         self._task = task
+        self.reasons: list[str | None] = []  # of all outputs; None of those that end nothing
         self._logprobs: dict[int, CompletionLogprobs] = {}  # of choices that have begun
         self._prompt_logprobs: dict[int, list[Entry | None]] = {}
         self._only_prompt = task.body.max_tokens == 0  # a token was made that nobody wants
@@ -269,10 +283,11 @@ class _Choices:
             text = self._task.echoed(number) + text
             told = [*output.prompt_token_ids, *told]
             scores = [*self._prompt_logprobs.get(number, ()), *scores]
-        choice: dict[str, Any] = {"index": index, "text": text, "logprobs": None}
+        choice = _part(index, text)
         if body.logprobs is not None:
             choice["logprobs"] = self._logprobs[index].add(told, scores, body.logprobs)
         choice["finish_reason"] = finish_reason(sample.finish_reason)
+        self.reasons.append(choice["finish_reason"])
         choice["stop_reason"] = stop_reason(sample.finish_reason, sample.stop_reason)
         if body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_logprobs_body(self._prompt_logprobs[number])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vattn.outputs import Logprob
+from vattn.server.openai.token_bytes import TokenBytes
 
 # JSON has no infinity; vLLM has the same number for it.
 LEAST = -9999.0
@@ -84,26 +85,37 @@ class CompletionLogprobs:
         return found
 
 
-def chat_logprobs(
-    token_ids: Sequence[int], entries: Sequence[Entry], top: int, *, as_ids: bool = False
-) -> list[dict[str, Any]]:
-    """``logprobs.content`` of a chat's choice: of each token its logprob, bytes and top_logprobs.
+class ChatLogprobs:
+    """Makes ``logprobs.content`` of a chat's choices: of each token its logprob and bytes.
 
     Args:
-        token_ids: new ones.
-        entries: one for each.
+        token_bytes: of the model's tokens.
         top: ``top_logprobs`` of the request; 0 for none.
         as_ids: tokens are named ``token_id:N``.
     """
-    return [
-        {
-            **_chat_token(token, entry[token], as_ids),
-            "top_logprobs": [
-                _chat_token(other, logprob, as_ids) for other, logprob in _top(entry, top)
-            ],
+
+    def __init__(self, token_bytes: TokenBytes, top: int, *, as_ids: bool = False) -> None:
+        self._token_bytes = token_bytes
+        self._top = top
+        self._as_ids = as_ids
+
+    def of(self, token_ids: Sequence[int], entries: Sequence[Entry]) -> list[dict[str, Any]]:
+        """Of some tokens, with an entry for each."""
+        return [
+            {
+                **self._told(token, entry[token]),
+                "top_logprobs": [self._told(*each) for each in _top(entry, self._top)],
+            }
+            for token, entry in zip(token_ids, entries, strict=True)
+        ]
+
+    def _told(self, token: int, logprob: Logprob) -> dict[str, Any]:
+        octets = self._token_bytes.of(token, logprob.decoded_token)
+        return {
+            "token": token_text(token, logprob, as_ids=self._as_ids),
+            "logprob": finite(logprob.logprob),
+            "bytes": None if octets is None else list(octets),
         }
-        for token, entry in zip(token_ids, entries, strict=True)
-    ]
 
 
 def prompt_logprobs_body(
@@ -125,15 +137,6 @@ def prompt_logprobs_body(
         }
         for entry in entries
     ]
-
-
-def _chat_token(token: int, logprob: Logprob, as_ids: bool) -> dict[str, Any]:
-    text = token_text(token, logprob, as_ids=as_ids)
-    return {
-        "token": text,
-        "logprob": finite(logprob.logprob),
-        "bytes": list(text.encode(errors="replace")),
-    }
 
 
 def _top(entry: Entry, top: int) -> list[tuple[int, Logprob]]:

@@ -35,7 +35,6 @@ COMMON_OFF: Off = {
     "service_tier": ("auto", "default"),
     "store": (False,),
     "metadata": ({},),
-    "safety_identifier": (),
     "prompt_cache_key": (),
     "prompt_cache_options": (),
     "prompt_cache_retention": (),

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from vattn.engine.grammars import CANNOT_BE_COMPILED, problem
 from vattn.engine_process.errors import EngineDeadError, RequestRefused
 from vattn.outputs import RequestOutput
-from vattn.request import FinishReason
-from vattn.sampling_params import SamplingParams
+from vattn.request import OUT_OF_PAGES, FinishReason
+from vattn.sampling_params import SamplingParams, StructuredOutputsParams
 from vattn.server.errors import ApiError
 from vattn.server.openai.common import SamplingFields
-from vattn.server.openai.sampling import refusal
+from vattn.server.openai.sampling import FORMAT_PARAMS, refusal
 from vattn.server.state import ServerState
+
+# Ends that OpenAI's API has no name for. A client that has left, the other cause of an abort, does
+# not read why.
+_CUT_SHORT = (FinishReason.DEADLINE.value, FinishReason.ABORT.value)
+# Prompts of a request; between them others' requests go on.
+_BEGUN_AT_ONCE = 8
+_RETRY_PAGES_S = 10.0
+_AT_ONCE_S = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +35,20 @@ class Job:
     Args:
         prompts: token ids of each, one at least.
         params: of all of them.
-        request_id: for the engine; several prompts have ``-0``, ``-1``... behind it.
+        request_id: of the response. The engine's own has more behind it, as clients and proxies may
+            send one id with several requests.
+        arrival_s: when the request came, of ``time.monotonic``.
         body: for the names of fields in errors, ``priority`` and ``cache_salt``.
+        parts: what ``structured_outputs`` of the parameters was made of, if it was not the body's
+            own: fields with what each alone asks for.
     """
 
     prompts: Sequence[list[int]]
     params: SamplingParams
     request_id: str
+    arrival_s: float
     body: SamplingFields
+    parts: Sequence[tuple[str, StructuredOutputsParams]] = ()
 
     @property
     def tokens(self) -> int:
@@ -47,9 +64,9 @@ async def run(state: ServerState, job: Job) -> AsyncGenerator[tuple[int, Request
 
     Raises:
         ApiError: 400 for what the engine refuses, 429 if there are too many requests, 500 for a
-            failure within the engine, 503 if the engine has died.
+            failure within the engine, 503 if it has died, or has not the memory any more.
     """
-    with state.admission.admit(len(job.prompts), job.tokens):
+    with state.admission.admit(len(job.prompts) * job.params.n, job.tokens):
         if len(job.prompts) == 1:
             async with aclosing(_outputs(state, job, 0)) as outputs:
                 async for output in outputs:
@@ -63,19 +80,20 @@ async def run(state: ServerState, job: Job) -> AsyncGenerator[tuple[int, Request
 def finish_reason(reason: str | None) -> str | None:
     """As OpenAI's clients know it: a request that ran out of time ended for its length.
 
-    Its ``stop_reason`` says ``deadline``; see :func:`stop_reason`.
+    Its ``stop_reason`` says ``deadline``, or ``abort`` if the server ended meanwhile; see
+    :func:`stop_reason`.
     """
-    return FinishReason.LENGTH.value if reason == FinishReason.DEADLINE.value else reason
+    return FinishReason.LENGTH.value if reason in _CUT_SHORT else reason
 
 
 def stop_reason(reason: str | None, stop: int | str | None) -> int | str | None:
-    """What vLLM adds: the stop string or token; or ``deadline`` for a time that ran out.
+    """What vLLM adds: a stop string or token; ``deadline`` or ``abort`` for what was cut short.
 
     Args:
         reason: the engine's ``finish_reason``.
         stop: the engine's ``stop_reason``.
     """
-    return reason if reason == FinishReason.DEADLINE.value else stop
+    return reason if reason in _CUT_SHORT else stop
 
 
 async def _merged(state: ServerState, job: Job) -> AsyncGenerator[tuple[int, RequestOutput], None]:
@@ -92,8 +110,12 @@ async def _merged(state: ServerState, job: Job) -> AsyncGenerator[tuple[int, Req
         else:
             await queue.put(None)
 
-    pumps = [asyncio.create_task(pump(index)) for index in range(len(job.prompts))]
+    pumps: list[asyncio.Task[None]] = []
     try:
+        for index in range(len(job.prompts)):
+            pumps.append(asyncio.create_task(pump(index)))
+            if len(pumps) % _BEGUN_AT_ONCE == 0:
+                await asyncio.sleep(0)
         running = len(pumps)
         while running:
             item = await queue.get()
@@ -114,15 +136,16 @@ async def _outputs(state: ServerState, job: Job, index: int) -> AsyncGenerator[R
     prompt: dict[str, object] = {"prompt_token_ids": job.prompts[index]}
     if job.body.cache_salt is not None:
         prompt["cache_salt"] = job.body.cache_salt
-    record = state.metrics.begin(job.params)
+    only_prompt = getattr(job.body, "max_tokens", None) == 0
+    record = state.metrics.begin(job.params, only_prompt=only_prompt)
     try:
         async with aclosing(
             state.llm.generate(
                 prompt,
                 job.params,
-                job.request_id if len(job.prompts) == 1 else f"{job.request_id}-{index}",
+                f"{job.request_id}-{secrets.token_hex(4)}",
                 priority=job.body.priority or 0,
-                timeout_s=state.settings.request_timeout_s,
+                timeout_s=_time_left(state, job),
             )
         ) as outputs:
             async for output in outputs:
@@ -132,7 +155,7 @@ async def _outputs(state: ServerState, job: Job, index: int) -> AsyncGenerator[R
                 yield output
     except RequestRefused as error:
         record.drop()
-        raise refusal(error, job.body) from error
+        raise await _refusal(error, job) from error
     except EngineDeadError as error:
         record.end("error")
         raise ApiError(503, str(error), type="server_error", retry_after_s=1) from error
@@ -140,14 +163,36 @@ async def _outputs(state: ServerState, job: Job, index: int) -> AsyncGenerator[R
         record.end()
 
 
+def _time_left(state: ServerState, job: Job) -> float | None:
+    """What its arrival has left of ``request_timeout_s``; next to nothing ends it at once."""
+    limit_s = state.settings.request_timeout_s
+    return limit_s and max(_AT_ONCE_S, job.arrival_s + limit_s - time.monotonic())
+
+
+async def _refusal(error: RequestRefused, job: Job) -> ApiError:
+    """With the schema that is at fault, if one is."""
+    if not str(error).startswith(CANNOT_BE_COMPILED):
+        return refusal(error, job.body)
+    for param, params in job.parts:
+        # It may take long, so others' streams go on meanwhile.
+        if why := await asyncio.to_thread(problem, params):
+            return ApiError(400, f"{param} cannot be compiled: {why}", param=param)
+    found = refusal(error, job.body)
+    if len(job.parts) == 1:
+        found.param = job.parts[0][0]
+    elif job.parts:
+        found.param = "tools"
+    elif job.body.structured_outputs is None:
+        found.param = FORMAT_PARAMS.get(getattr(job.body.response_format, "type", ""))
+    return found
+
+
 def _check(output: RequestOutput) -> None:
     """Raises what a sample failed of; its client gets nothing else."""
     for sample in output.outputs:
-        if sample.finish_reason == FinishReason.ERROR.value:
-            raise ApiError(
-                500, sample.error or "the request failed in the engine", type="server_error"
-            )
-        if sample.finish_reason == FinishReason.ABORT.value:
-            raise ApiError(
-                503, "the request was aborted; try again", type="server_error", retry_after_s=1
-            )
+        if sample.finish_reason != FinishReason.ERROR.value:
+            continue
+        why = sample.error or "the request failed in the engine"
+        if OUT_OF_PAGES in why:  # the budget was made smaller: an order, which passes
+            raise ApiError(503, why, type="server_error", retry_after_s=_RETRY_PAGES_S)
+        raise ApiError(500, why, type="server_error")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +13,11 @@ from vattn.server.openai.common import (
     JsonObjectFormat,
     JsonSchemaFormat,
     SamplingFields,
+    StructuralTagFormat,
 )
 from vattn.server.state import ServerState
+from vattn.server.tools.strict import WHITESPACE
+from vattn.texts import LONG_CHARS, beside
 
 _FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _SAME_NAME = (
@@ -31,9 +33,12 @@ _SAME_NAME = (
     "logit_bias",
     "allowed_token_ids",
 )
+# By the type of a response format: the field whose schemas are compiled.
+FORMAT_PARAMS = {
+    "json_schema": "response_format.json_schema.schema",
+    "structural_tag": "response_format.structures",
+}
 _SEEDS = (1 << 63) - 1
-# A longer text is tokenized in a thread, so that others' streams go on meanwhile.
-_LONG_TEXT = 16_384
 
 
 def make_params(
@@ -63,6 +68,12 @@ def make_params(
         most = state.settings.max_logprobs
         if count is not None and not 0 <= count <= most:
             raise ApiError(400, f"{name}={count} must be at least 0 and at most {most}", param=name)
+    vocab_size = state.llm.facts.vocab_size
+    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        tokens = getattr(body, name) or ()
+        if len(tokens) > vocab_size:
+            message = f"{name} has {len(tokens)} token ids, and the model has {vocab_size}"
+            raise ApiError(400, message, param=name)
     defaults = state.llm.facts.generation_defaults
     given: dict[str, Any] = {name: defaults[name] for name in _FROM_MODEL if name in defaults}
     for name in (*_FROM_MODEL, *_SAME_NAME):
@@ -101,16 +112,24 @@ def structured_of(body: SamplingFields) -> StructuredOutputsParams | None:
                 choice=asked.choice,
                 grammar=asked.grammar,
                 json_object=bool(asked.json_object),
+                structural_tag=asked.structural_tag,
                 disable_any_whitespace=bool(asked.disable_any_whitespace),
                 whitespace_pattern=asked.whitespace_pattern,
             )
         except ValueError as error:
             raise ApiError(400, str(error), param="structured_outputs") from error
     if isinstance(body.response_format, JsonObjectFormat):
-        return StructuredOutputsParams(json_object=True)
+        return StructuredOutputsParams(json_object=True, whitespace_pattern=WHITESPACE)
     if isinstance(body.response_format, JsonSchemaFormat):
         schema = body.response_format.json_schema.json_schema
-        return StructuredOutputsParams(json={} if schema is None else schema)
+        schema = {} if schema is None else schema
+        return StructuredOutputsParams(json=schema, whitespace_pattern=WHITESPACE)
+    if isinstance(body.response_format, StructuralTagFormat):
+        tag = body.response_format.model_dump(by_alias=True)
+        try:
+            return StructuredOutputsParams(structural_tag=tag, whitespace_pattern=WHITESPACE)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="response_format") from error
     return None
 
 
@@ -141,10 +160,42 @@ async def encode_all(
             for text in texts
         ]
 
-    return await asyncio.to_thread(tokens) if sum(map(len, texts)) > _LONG_TEXT else tokens()
+    return await beside(sum(map(len, texts)), tokens)
 
 
-def room_for(state: ServerState, prompt_tokens: int, max_tokens: int | None, *, param: str) -> int:
+def check_length(state: ServerState, chars: int, *, param: str) -> None:
+    """Refuses a text that cannot fit, however it is tokenized: before it is, for that takes long.
+
+    Args:
+        state: has the tokenizer and ``max_model_len``.
+        chars: of the text.
+        param: the prompt's field, for the error.
+
+    Raises:
+        ApiError: 400 ``context_length_exceeded``.
+    """
+    if chars <= LONG_CHARS:
+        return
+    longest = state.llm.facts.max_model_len
+    if chars > longest * state.longest_token:
+        raise ApiError(
+            400,
+            f"this model's maximum context length is {longest} tokens, and the prompt's {chars} "
+            "characters are more than so many tokens can have; shorten the prompt, or set "
+            "truncate_prompt_tokens",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+def room_for(
+    state: ServerState,
+    prompt_tokens: int,
+    max_tokens: int | None,
+    *,
+    param: str,
+    limit: str = "max_tokens",
+) -> int:
     """How many new tokens there may be: ``max_tokens``, or all that the model's length allows.
 
     Args:
@@ -152,12 +203,15 @@ def room_for(state: ServerState, prompt_tokens: int, max_tokens: int | None, *, 
         prompt_tokens: of the prompt, after truncation.
         max_tokens: as the client gave it; None for the rest of the model's length.
         param: the prompt's field, for the error.
+        limit: the field of ``max_tokens``, for the error if the prompt alone would fit.
 
     Raises:
         ApiError: 400 ``context_length_exceeded``; the prompt leaves less room than that.
     """
     longest = state.llm.facts.max_model_len
     asked = 1 if max_tokens is None else max_tokens
+    if prompt_tokens < longest < prompt_tokens + asked:
+        param = limit
     if prompt_tokens + asked > longest:
         raise ApiError(
             400,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -11,6 +11,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from vattn.outputs import CompletionOutput, RequestOutput
 from vattn.server.errors import ApiError
 from vattn.server.observe import CLIENT_LEFT
 from vattn.server.openai.connected import ClientGone, while_connected
@@ -48,6 +49,31 @@ class Chunk:
         for value, part in zip(values, self._rest, strict=True):
             parts += (encode_json(value), part)
         return b"".join(parts)
+
+
+class TextChunks:
+    """Of a stream that for the most part is a text now and then a little more of it.
+
+    Args:
+        template: gives a chunk of a choice, by its index, with :data:`HOLE` for the text.
+    """
+
+    def __init__(self, template: Callable[[int], Any]) -> None:
+        self._template = template
+        self._chunks: dict[int, Chunk] = {}
+
+    def event(self, index: int, text: str) -> bytes:
+        """More text of a choice."""
+        chunk = self._chunks.get(index)
+        if chunk is None:
+            chunk = self._chunks[index] = Chunk(self._template(index))
+        return chunk.event(text)
+
+
+def only_text(output: RequestOutput) -> CompletionOutput | None:
+    """The sample of an output that tells no more than some text, of one sample; else None."""
+    samples = output.outputs
+    return samples[0] if len(samples) == 1 and not samples[0].finish_reason else None
 
 
 # Clients' text is in templates too; a control character that no id and no model name has.

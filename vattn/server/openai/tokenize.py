@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any, ClassVar
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, FailFast, Field, model_validator
 
 from vattn.server.errors import ApiError
-from vattn.server.openai.chat_messages import MessageField
+from vattn.server.openai.chat_messages import MOST_MESSAGES, MessageField
 from vattn.server.openai.chat_template import chat_prompt
 from vattn.server.openai.common import Body, check_model, refused
 from vattn.server.openai.off import Off
 from vattn.server.openai.sampling import encode
-from vattn.server.openai.tool_choice import ToolField
+from vattn.server.openai.sse import encode_json
+from vattn.server.openai.tool_choice import ToolsField
 from vattn.server.state import ServerState, state_of
 
 router = APIRouter()
+
+# Even in a thread to decode two million takes a second of the interpreter's lock.
+_MOST = 65_536
+_MANY = 4096  # tokens; more are looked at in a thread, so that others' streams go on meanwhile
 
 
 class TokenizeBody(Body):
@@ -26,10 +32,12 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[MessageField] | None = Field(None, min_length=1)
+    messages: list[MessageField] | None = Field(
+        None, min_length=1, max_length=MOST_MESSAGES, fail_fast=True
+    )
     add_special_tokens: bool | None = Field(None, description="True for a prompt, else false.")
     return_token_strs: bool | None = None
-    tools: list[ToolField] | None = None
+    tools: ToolsField | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -71,18 +79,23 @@ class Detokenized(BaseModel):
     prompt: str
 
 
-@router.post("/tokenize")
-async def tokenize(body: TokenizeBody, request: Request) -> Tokenized:
+@router.post("/tokenize", response_model=None, responses={200: {"model": Tokenized}})
+async def tokenize(body: TokenizeBody, request: Request) -> Response:
     """The token ids that a prompt becomes."""
     state = state_of(request)
     check_model(state, body.model)
     ids = await _ids(state, body)
-    names = None
-    if body.return_token_strs:
-        names = [str(name) for name in state.llm.tokenizer.convert_ids_to_tokens(ids)]
-    return Tokenized(
-        count=len(ids), max_model_len=state.llm.facts.max_model_len, tokens=ids, token_strs=names
-    )
+
+    def told() -> bytes:
+        names = None
+        if body.return_token_strs:
+            names = [str(name) for name in state.llm.tokenizer.convert_ids_to_tokens(ids)]
+        most = state.llm.facts.max_model_len
+        whole = {"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": names}
+        return encode_json(whole)
+
+    content = told() if len(ids) <= _MANY else await asyncio.to_thread(told)
+    return Response(content, media_type="application/json")
 
 
 async def _ids(state: ServerState, body: TokenizeBody) -> list[int]:
@@ -105,10 +118,21 @@ async def detokenize(body: DetokenizeBody, request: Request) -> Detokenized:
     """The text that token ids are."""
     state = state_of(request)
     check_model(state, body.model)
+    most = max(_MOST, state.llm.facts.max_model_len)
+    if len(body.tokens) > most:
+        message = f"{len(body.tokens)} tokens in one request, and {most} may be; send them in parts"
+        raise ApiError(400, message, param="tokens")
+    if len(body.tokens) <= _MANY:
+        return Detokenized(prompt=_text(state, body.tokens))
+    return Detokenized(prompt=await asyncio.to_thread(_text, state, body.tokens))
+
+
+def _text(state: ServerState, tokens: list[int]) -> str:
     known = len(state.llm.tokenizer)
-    bad = next((token for token in body.tokens if not 0 <= token < known), None)
+    bad = next((token for token in tokens if not 0 <= token < known), None)
     if bad is not None:
         raise ApiError(
             400, f"token id {bad} is not one of the {known} of the tokenizer", param="tokens"
         )
-    return Detokenized(prompt=state.llm.tokenizer.decode(body.tokens))
+    text: str = state.llm.tokenizer.decode(tokens)
+    return text

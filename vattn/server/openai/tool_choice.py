@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
+from vattn.engine.grammars import check_schema
 from vattn.sampling_params import StructuredOutputsParams
 from vattn.server.errors import ApiError
 from vattn.server.openai.common import Body, refused
@@ -16,10 +18,11 @@ from vattn.server.settings import ServerSettings
 from vattn.server.tools import make_tool_parser
 from vattn.server.tools.base import ToolParser
 from vattn.server.tools.forced import KEY, ListParser, NamedParser
+from vattn.server.tools.strict import WHITESPACE, strict_language
 
-# White space without end is JSON, too, and small models like it.
-_WHITESPACE = " ?"
-_NO_PARAMETERS = {"type": "object", "properties": {}}
+MOST_TOOLS = 128  # as OpenAI has it
+_ANY = {"type": "object"}
+_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 class FunctionDefinition(Body):
@@ -60,7 +63,11 @@ class NamedChoice(Body):
     function: FunctionName
 
 
-ToolField = Annotated[Tool, BeforeValidator(_functions_only)]
+# As a field of a body.
+ToolsField = Annotated[
+    list[Annotated[Tool, BeforeValidator(_functions_only)]],
+    Field(max_length=MOST_TOOLS, fail_fast=True),
+]
 ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("(word)")]
     | Annotated[NamedChoice, BeforeValidator(_functions_only), Tag("(named)")],
@@ -74,11 +81,16 @@ class ToolPlan:
 
     Args:
         make_parser: of each sample's text; None if it has no calls.
-        structured_outputs: what makes the text one or several calls; None for free text.
+        structured_outputs: what makes the text one or several calls, or keeps those in it to
+            their schemas; None for free text.
+        has_text: what ``structured_outputs`` ask for need not be a call.
+        parts: the fields that it was made of, each with what it alone asks for.
     """
 
     make_parser: Callable[[], ToolParser] | None = None
     structured_outputs: StructuredOutputsParams | None = None
+    has_text: bool = False
+    parts: tuple[tuple[str, StructuredOutputsParams], ...] = ()
 
 
 def plan_tools(
@@ -110,8 +122,31 @@ def plan_tools(
         return _named(tools, choice.function.name)
     if choice == "required":
         schema = required_schema(tools, parallel=parallel)
-        return ToolPlan(ListParser, _structured(schema, "tools"))
-    return _auto(settings, tools)
+        return ToolPlan(ListParser, _structured(schema), parts=_parts(tools))
+    return _auto(settings, tools, parallel=parallel)
+
+
+def check_format(plan: ToolPlan, kind: str) -> None:
+    """Refuses a ``response_format`` that makes calls impossible, or that a call leaves no room for.
+
+    Args:
+        plan: of the request's tools.
+        kind: the type of its ``response_format``.
+
+    Raises:
+        ApiError: 400.
+    """
+    if kind == "text" or plan.make_parser is None:
+        return
+    if plan.structured_outputs is None and kind == "structural_tag":
+        return  # which may have calls in it
+    asked = "it may be one" if plan.has_text or not plan.structured_outputs else "it is one"
+    raise ApiError(
+        400,
+        f"response_format={kind} holds the whole answer, so no call of a tool can be in it, and by "
+        f'tool_choice {asked}; leave response_format out, or use tool_choice "none"',
+        param="response_format",
+    )
 
 
 def required_schema(tools: Sequence[Tool], *, parallel: bool) -> dict[str, Any]:
@@ -121,7 +156,7 @@ def required_schema(tools: Sequence[Tool], *, parallel: bool) -> dict[str, Any]:
         where = f"#/items/anyOf/{index}/properties/{KEY}"
         properties = {
             "name": {"const": tool.function.name},
-            KEY: _moved(tool.function.parameters or _NO_PARAMETERS, where),
+            KEY: _moved(_parameters(tool), where),
         }
         calls.append(
             {
@@ -136,22 +171,24 @@ def required_schema(tools: Sequence[Tool], *, parallel: bool) -> dict[str, Any]:
 
 
 def _check_names(tools: Sequence[Tool] | None) -> None:
-    names = [tool.function.name for tool in tools or ()]
-    for index, name in enumerate(names):
-        if name in names[:index]:
+    seen: set[str] = set()
+    for index, tool in enumerate(tools or ()):
+        name = tool.function.name
+        if name in seen:
             raise ApiError(
                 400,
-                f"two tools are named {name!r}; give each its own name",
+                f"two tools are named {reprlib.repr(name)}; give each its own name",
                 param=f"tools[{index}].function.name",
             )
+        seen.add(name)
 
 
 def _named(tools: Sequence[Tool], name: str) -> ToolPlan:
     for index, tool in enumerate(tools):
         if tool.function.name == name:
-            schema = tool.function.parameters or {**_NO_PARAMETERS, "additionalProperties": False}
-            param = f"tools[{index}].function.parameters"
-            return ToolPlan(lambda: NamedParser(name), _structured(schema, param))
+            structured = _structured(_parameters(tool))
+            parts = ((f"tools[{index}].function.parameters", structured),)
+            return ToolPlan(lambda: NamedParser(name), structured, parts=parts)
     raise ApiError(
         400,
         f"tool_choice names {name!r}, which is not among the tools",
@@ -159,7 +196,7 @@ def _named(tools: Sequence[Tool], name: str) -> ToolPlan:
     )
 
 
-def _auto(settings: ServerSettings, tools: Sequence[Tool]) -> ToolPlan:
+def _auto(settings: ServerSettings, tools: Sequence[Tool], *, parallel: bool) -> ToolPlan:
     parser = settings.tool_call_parser
     if not settings.enable_auto_tool_choice or parser is None:
         raise ApiError(
@@ -168,22 +205,42 @@ def _auto(settings: ServerSettings, tools: Sequence[Tool]) -> ToolPlan:
             '--tool-call-parser; "required" and a named function are served without',
             param="tool_choice",
         )
+    if not any(tool.function.strict for tool in tools):
+        return ToolPlan(lambda: make_tool_parser(parser))
+    functions = []
     for index, tool in enumerate(tools):
-        if tool.function.strict:
-            raise ApiError(
-                400,
-                'strict=true is not kept to with tool_choice "auto"; use "required" or a named '
-                "function, whose arguments always are in the schema, or leave strict out",
-                param=f"tools[{index}].function.strict",
-            )
-    return ToolPlan(lambda: make_tool_parser(parser))
+        schema = _parameters(tool) if tool.function.strict else _ANY
+        functions.append((tool.function.name, schema))
+        try:
+            check_schema(schema)
+        except ValueError as error:
+            param = f"tools[{index}].function.parameters"
+            raise ApiError(400, f"{param}: {error}", param=param) from error
+    return ToolPlan(
+        lambda: make_tool_parser(parser),
+        strict_language(parser, functions, parallel=parallel),
+        has_text=True,
+        parts=_parts(tools, strict=True),
+    )
 
 
-def _structured(schema: dict[str, Any], param: str) -> StructuredOutputsParams:
-    try:
-        return StructuredOutputsParams(json=schema, whitespace_pattern=_WHITESPACE)
-    except ValueError as error:
-        raise ApiError(400, str(error), param=param) from error
+def _parameters(tool: Tool) -> dict[str, Any]:
+    return tool.function.parameters or _NO_PARAMETERS
+
+
+def _parts(
+    tools: Sequence[Tool], *, strict: bool = False
+) -> tuple[tuple[str, StructuredOutputsParams], ...]:
+    """Of all tools, or of the strict ones."""
+    return tuple(
+        (f"tools[{index}].function.parameters", _structured(_parameters(tool)))
+        for index, tool in enumerate(tools)
+        if tool.function.strict or not strict
+    )
+
+
+def _structured(schema: dict[str, Any]) -> StructuredOutputsParams:
+    return StructuredOutputsParams(json=schema, whitespace_pattern=WHITESPACE)
 
 
 def _moved(schema: Any, where: str) -> Any:

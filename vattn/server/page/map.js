@@ -37,6 +37,16 @@ function owner(row) {
   return row.sample ? `${row.request}, sample ${row.sample + 1}` : row.request;
 }
 
+const isOpen = (row) => row.request !== null || row.tokens > 0;
+
+/** The name of a row beside the drawing, where there is little room. */
+function short(row) {
+  if (row.request === null) return row.kept ? "kept" : isOpen(row) ? "ending" : "free";
+  const name = row.request.replace(/^(chat)?cmpl-(?=.)/, "");
+  const brief = name.length > 10 ? `${name.slice(0, 9)}…` : name;
+  return row.sample ? `${brief} #${row.sample + 1}` : brief;
+}
+
 function described(row, map) {
   const parts = STATES.filter(([letter]) => row.counts[letter]).map(
     ([letter, name]) => `${row.counts[letter]} ${name}`,
@@ -52,7 +62,8 @@ function described(row, map) {
 
 export class AddressSpace {
   constructor() {
-    this.rows = [];
+    this.rows = []; // those in use first, each kind by number
+    this.open = 0;
     this.map = null;
     this.active = null; // slot moved to by keyboard or click
     this.pointed = null; // slot under the pointer
@@ -92,12 +103,17 @@ export class AddressSpace {
   /** map: of the feed, or null while it is not known. */
   show(map) {
     this.map = map;
-    this.rows = (map?.rows ?? []).map((row) => ({ ...row, runs: runs(row.cells) }));
-    for (const row of this.rows) row.counts = counted(row);
+    const rows = (map?.rows ?? []).map((row) => ({ ...row, runs: runs(row.cells) }));
+    for (const row of rows) row.counts = counted(row);
+    // Free slots are many on a server that has run for long, and would hide those at work.
+    const open = rows.filter(isOpen);
+    this.rows = [...open, ...rows.filter((row) => !isOpen(row))];
+    this.open = open.length;
     this.summary();
     keyed(this.list, this.rows, (row) => row.slot, (row) => this.item(row), (item, row) => {
       item.setAttribute("aria-label", described(row, map));
-      say(item.firstChild, `${row.slot} · ${row.request ?? (row.kept ? "kept" : "free")}`);
+      say(item.firstChild, `${row.slot} · ${short(row)}`);
+      item.classList.toggle("first-free", open.length > 0 && row === this.rows[open.length]);
     });
     if (this.active !== null && !this.rows.some((row) => row.slot === this.active)) this.select(null);
     this.table();
@@ -117,7 +133,8 @@ export class AddressSpace {
     }
     const { slots, slot_tokens: tokens, cells } = this.map;
     say(byId("map-summary"),
-      `${count(this.rows.length)} of ${many(slots, "slot")} mapped; a slot has room for ` +
+      `${count(this.rows.length)} of ${many(slots, "slot")} mapped, ${count(this.open)} of them ` +
+      `in use; a slot has room for ` +
       `${many(tokens, "token")}, a cell is ${many(tokens / cells, "token")}`);
     for (const item of byId("map-legend").children) {
       const letter = STATES.find(([, name]) => name === item.dataset.state)?.[0] ?? UNDERLINED;

@@ -68,14 +68,28 @@ function locked(message) {
 
 byId("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  key.set(byId("key-input").value.trim());
+  const given = byId("key-input").value.trim();
+  // No other one can be sent, nor does a server have one.
+  if (!/^[!-~]+$/.test(given)) {
+    say(byId("key-error"), "a key is made of ASCII letters, digits and signs, without spaces");
+    return;
+  }
+  key.set(given);
   byId("key-input").value = "";
   feed.retry();
 });
 byId("forget-key").addEventListener("click", () => {
   key.forget();
-  feed.restart();
+  location.reload(); // with all that the key has let on the screen
 });
+
+function unlocked() {
+  const had = byId("key").contains(document.activeElement);
+  byId("key").hidden = true;
+  byId("forget-key").hidden = key.get() === "";
+  // Hidden elements lose the focus: it goes on behind the form, not back to the top.
+  if (had) byId("main").focus();
+}
 
 // The theme ----------------------------------------------------------------------------------------
 
@@ -97,8 +111,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => spac
 tryBox(locked);
 const feed = follow("/live?interval=0.5", {
   event(_, now) {
-    byId("key").hidden = true;
-    byId("forget-key").hidden = key.get() === "";
+    unlocked();
     show(now);
   },
   state(name, words) {
@@ -108,6 +121,6 @@ const feed = follow("/live?interval=0.5", {
     }
     figures.gap();
     if (name === "down") connection("down", words);
-    else connection("waiting", "reconnecting");
+    else connection("waiting", words ? `reconnecting: ${words}` : "reconnecting");
   },
 });

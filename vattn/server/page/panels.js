@@ -4,6 +4,7 @@ import { Chart } from "./charts.js";
 import { byId, bytes, count, keyed, make, many, rate, say, seconds } from "./words.js";
 
 const percent = (part, whole) => `${whole ? ((100 * part) / whole).toFixed(1) : "0.0"}%`;
+const share = (part, whole) => (part && part < 0.0005 * whole ? "<0.1%" : percent(part, whole));
 
 export class Figures {
   constructor() {
@@ -52,7 +53,7 @@ export function showMemory({ memory, driver }) {
     return;
   }
   const { states, created_bytes: created, budget_bytes: budget } = memory;
-  say(byId("pool-summary"), `${bytes(created)} exist, ${percent(created, budget)} of a budget of ` +
+  say(byId("pool-summary"), `${bytes(created)} exist, ${share(created, budget)} of a budget of ` +
     `${bytes(budget)}; at most ${bytes(memory.peak_created_bytes)} so far; pages of ${bytes(memory.page_bytes)}`);
   bar(byId("budget-bar"), states, Math.max(budget, created));
   bar(byId("pool-bar"), states, created);

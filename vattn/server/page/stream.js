@@ -17,13 +17,25 @@ export class HttpError extends Error {
   }
 }
 
-/** fetch with the key; throws HttpError. */
+/** The network failed, or the server does not listen. */
+export class Unreachable extends Error {
+  constructor() {
+    super("the server cannot be reached");
+  }
+}
+
+/** What fetch and its streams throw, told apart from mistakes of this page: all are TypeErrors. */
+const unreachable = (error) => {
+  throw error instanceof TypeError ? new Unreachable() : error;
+};
+
+/** fetch with the key; throws HttpError, Unreachable, or what is wrong with the key. */
 export async function ask(path, options = {}) {
-  const headers = { ...options.headers };
-  if (key.get()) headers.Authorization = `Bearer ${key.get()}`;
-  const response = await fetch(path, { ...options, headers, cache: "no-store" });
+  const headers = new Headers(options.headers);
+  if (key.get()) headers.set("Authorization", `Bearer ${key.get()}`);
+  const response = await fetch(path, { ...options, headers, cache: "no-store" }).catch(unreachable);
   if (response.ok) return response;
-  let message = `${response.status} ${response.statusText}`;
+  let message = `${response.status} ${response.statusText}`.trim();
   try {
     message = (await response.json()).error.message ?? message;
   } catch {
@@ -38,7 +50,7 @@ export async function* events(response) {
   let rest = "";
   try {
     for (;;) {
-      const { done, value } = await reader.read();
+      const { done, value } = await reader.read().catch(unreachable);
       if (done) return;
       const blocks = (rest + value).replaceAll("\r\n", "\n").split("\n\n");
       rest = blocks.pop();
@@ -69,13 +81,13 @@ const SILENCE_MS = 15000;
 /**
  * Follows an event stream for good, with back-off between tries.
  *
- * on.event(event, data): data is parsed JSON. on.state(name, words): "connecting", "live",
- * "reconnecting", "locked" (a key is needed: it waits for retry()) or "down" (for good).
+ * on.event(event, data): data is parsed JSON. on.state(name, words): "reconnecting" (words say why,
+ * where it is not the network), "locked" (a key is needed: it waits for retry()) or "down" (for
+ * good).
  */
 export function follow(path, on) {
   let wait = SHORTEST_MS;
   let wake = () => {};
-  let current = null;
 
   const pause = (ms) =>
     new Promise((resolve) => {
@@ -87,7 +99,7 @@ export function follow(path, on) {
     });
 
   async function once() {
-    current = new AbortController();
+    const current = new AbortController();
     let timer = 0;
     const alive = () => {
       clearTimeout(timer);
@@ -109,6 +121,8 @@ export function follow(path, on) {
 
   async function loop() {
     for (;;) {
+      let why = "";
+      let later = 0;
       try {
         await once();
       } catch (error) {
@@ -121,9 +135,12 @@ export function follow(path, on) {
           on.state("down", error.message);
           return;
         }
+        const silent = error instanceof Unreachable || error.name === "AbortError";
+        why = silent ? "" : error.message;
+        later = 1000 * Number(error.retryAfter ?? 0) || 0;
       }
-      on.state("reconnecting", "");
-      await pause(wait * (0.75 + Math.random() / 2));
+      on.state("reconnecting", why);
+      await pause(Math.max(later, wait * (0.75 + Math.random() / 2)));
       wait = Math.min(2 * wait, LONGEST_MS);
     }
   }
@@ -134,6 +151,5 @@ export function follow(path, on) {
       wait = SHORTEST_MS;
       wake();
     },
-    restart: () => current?.abort(),
   };
 }

@@ -110,7 +110,6 @@ export function tryBox(locked) {
 }
 
 function told(error) {
-  if (error instanceof TypeError) return "the server cannot be reached";
   return error.retryAfter ? `${error.message} (try again in ${error.retryAfter} s)` : error.message;
 }
 

@@ -34,11 +34,13 @@ class CallEnds:
 
     Args:
         complete: it is well-formed, its arguments are a JSON object.
-        raw: all of its text, tags included; only of calls that are not complete.
-        rest: the part of ``raw`` after the arguments; only of calls that are not complete.
+        is_cut: it is not complete because the text ended within it; what there is of it counts.
+        raw: all of its text, tags included; only of calls that are malformed.
+        rest: the part of ``raw`` after the arguments; only of calls that are malformed.
     """
 
     complete: bool
+    is_cut: bool = False
     raw: str = ""
     rest: str = ""
 
@@ -50,8 +52,8 @@ class ToolParser(Protocol):
     """Finds the calls in one text as it arrives; of one use.
 
     However the text is cut, the pieces are the same once neighbours of one kind are joined. A call
-    that turns out malformed before its arguments begin is text; later, it cannot be taken back and
-    ends incomplete.
+    that turns out malformed before its arguments begin, or that the end of the text cuts off there,
+    is text; later, it cannot be taken back and ends incomplete.
     """
 
     def feed(self, text: str) -> list[Piece]:
@@ -65,15 +67,16 @@ class ToolParser(Protocol):
 
 @dataclass(frozen=True)
 class FunctionCall:
-    """A function and its arguments, a JSON object as text."""
+    """A function and its arguments, a JSON object as text; the beginning of one if it was cut."""
 
     name: str
     arguments: str
+    is_cut: bool = False
 
 
 @dataclass
 class ParsedText:
-    """A whole text. ``content`` is all of it that is in no complete call."""
+    """A whole text. ``content`` is all of it that is in no call."""
 
     content: str = ""
     calls: list[FunctionCall] = field(default_factory=list)
@@ -95,8 +98,8 @@ def gather(pieces: Iterable[Piece]) -> ParsedText:
                 arguments = ""
             case CallGoesOn(more):
                 arguments += more
-            case CallEnds(complete=True):
-                parsed.calls.append(FunctionCall(name, arguments))
+            case CallEnds(complete=complete, is_cut=is_cut) if complete or is_cut:
+                parsed.calls.append(FunctionCall(name, arguments, is_cut))
             case CallEnds(raw=raw):
                 parsed.content += raw
     return parsed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vattn.server.tools.base import CallBegins, CallEnds, CallGoesOn, Piece, Said
-from vattn.server.tools.scan import CallScanner, Scan
+from vattn.server.tools.scan import CallScanner, Scan, is_object
 
 KEY = "parameters"
 
@@ -13,19 +13,22 @@ class NamedParser:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._begun = False
+        self._text = ""
 
     def feed(self, text: str) -> list[Piece]:
         """See :class:`~vattn.server.tools.base.ToolParser`."""
         if not text:
             return []
-        pieces: list[Piece] = [] if self._begun else [CallBegins(self._name)]
-        self._begun = True
+        pieces: list[Piece] = [] if self._text else [CallBegins(self._name)]
+        self._text += text
         return [*pieces, CallGoesOn(text)]
 
     def finish(self) -> list[Piece]:
-        """See there; arguments that the end of the text cuts off are told, as OpenAI does."""
-        return [CallEnds(complete=True)] if self._begun else []
+        """See there."""
+        if not self._text:
+            return []
+        is_whole = is_object(self._text)
+        return [CallEnds(complete=is_whole, is_cut=not is_whole)]
 
 
 class ListParser:
@@ -66,9 +69,11 @@ class ListParser:
             self._break(scanner, pieces)
         return text
 
-    def _break(self, scanner: CallScanner, pieces: list[Piece]) -> None:
+    def _break(self, scanner: CallScanner, pieces: list[Piece], *, is_cut: bool = False) -> None:
         self._scanner = None
-        if self._named:
+        if self._named and is_cut:
+            pieces.append(CallEnds(complete=False, is_cut=True))
+        elif self._named:
             pieces.append(CallEnds(complete=False, raw=scanner.raw, rest=scanner.rest))
         else:
             pieces.append(Said(self._between + scanner.raw))
@@ -78,7 +83,7 @@ class ListParser:
         """See :class:`~vattn.server.tools.base.ToolParser`."""
         pieces: list[Piece] = []
         if self._scanner is not None:
-            self._break(self._scanner, pieces)
+            self._break(self._scanner, pieces, is_cut=True)
         elif self._between.strip("[], \t\r\n"):
             pieces.append(Said(self._between))
         return pieces

@@ -82,7 +82,7 @@ class CallScanner:
             if self.state is not Scan.OPEN:
                 self.raw = self.raw[: position + (self.state is Scan.DONE)]
                 break
-        if self.state is Scan.DONE and not (self.begun and _reads(self.raw)):
+        if self.state is Scan.DONE and not (self.begun and is_object(self.raw)):
             self.state = Scan.BROKEN
         return len(self.raw) - before
 
@@ -189,7 +189,8 @@ def _read(text: str) -> Any:
         return None
 
 
-def _reads(text: str) -> bool:
+def is_object(text: str) -> bool:
+    """Whether text is a JSON object."""
     return isinstance(_read(text), dict)
 
 

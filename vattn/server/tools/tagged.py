@@ -65,7 +65,7 @@ class TaggedParser:
         """See :class:`~vattn.server.tools.base.ToolParser`."""
         pieces: list[Piece] = []
         if self._in is _In.CALL:
-            self._break(pieces)
+            self._break(pieces, is_cut=True)
         if self._in is _In.BETWEEN:
             self._leave_between()
         left, self._raw, self._text = self._raw + self._text, "", ""
@@ -159,10 +159,12 @@ class TaggedParser:
         self._raw, self._in, self._text = raw, state, self._text[taken:]
         self._scanner, self._named = CallScanner(self._tags.keys), False
 
-    def _break(self, pieces: list[Piece]) -> None:
-        """The object is none: what was not told of it is text."""
+    def _break(self, pieces: list[Piece], *, is_cut: bool = False) -> None:
+        """The object is none: what was not told of it is text, unless only its end is missing."""
         raw = self._raw + self._scanner.raw
-        if self._named:
+        if self._named and is_cut:
+            pieces.append(CallEnds(complete=False, is_cut=True))
+        elif self._named:
             pieces.append(CallEnds(complete=False, raw=raw, rest=self._scanner.rest))
             self._after_call = False
         else:
