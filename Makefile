@@ -90,12 +90,14 @@ soak: fake
 
 # Their own environments: what they depend on is large, and of other versions than ours.
 LOAD_TOOLS := guidellm aiperf
+VERSION_guidellm := 0.8.1
+VERSION_aiperf := 0.13.0
 load-test: $(STAMP_BASE) $(LOAD_TOOLS:%=.venv-load/%/.stamp)
 	$(BIN)/python -m bench.load_test $(foreach tool,$(LOAD_TOOLS),--$(tool) .venv-load/$(tool)/bin/$(tool))
 
 .venv-load/%/.stamp:
 	$(PYTHON) -m venv .venv-load/$*
-	.venv-load/$*/bin/python -m pip --disable-pip-version-check install $*
+	.venv-load/$*/bin/python -m pip --disable-pip-version-check install $*==$(VERSION_$*)
 	touch $@
 
 # TSan needs its shadow ranges free, which kernels with much address randomization do not grant;

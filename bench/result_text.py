@@ -10,14 +10,14 @@ from typing import Any
 def as_text(document: Mapping[str, Any]) -> str:
     """JSON with a line for each entry and each row of a list: small, and changes are readable.
 
-    Numbers have six digits, which is more than any measurement has.
+    Numbers have ten digits, which is more than any measurement has.
     """
     return _lines(_rounded(document), depth=3) + "\n"
 
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.10g}")
     if isinstance(value, Mapping):
         return {key: _rounded(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.stub_engine import FACTS
 from tests.stub_owner import Make, outputs, owners_of_stubs, run, until
-from vattn.engine_process import spawn
+from vattn.engine_process import spawn, supervisor
 from vattn.engine_process.errors import EngineDeadError, RequestRefused
+from vattn.engine_process.messages import Ready, Steps
 from vattn.engine_process.owner import Owner
 from vattn.sampling_params import RequestOutputKind, SamplingParams
 
@@ -72,10 +74,12 @@ def test_what_is_refused_is_refused_with_the_reason(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "how"), [("hangs", "said nothing"), ("garbage", "cannot be taken")]
+    ("what", "limit_s", "how"), [("hangs", 0.5, "said nothing"), ("garbage", 60, "cannot be taken")]
 )
-def test_one_that_hangs_or_talks_nonsense_is_replaced(make: Make, what: str, how: str) -> None:
-    owner = make(what, engine_timeout_s=0.2)
+def test_one_that_hangs_or_talks_nonsense_is_replaced(
+    make: Make, what: str, limit_s: float, how: str
+) -> None:
+    owner = make(what, engine_timeout_s=limit_s)
 
     async def whole() -> None:
         await owner.engine.start()
@@ -188,9 +192,42 @@ def test_closing_tells_everybody(make: Make) -> None:
 
 def test_a_loop_that_ends_badly_leaves_nothing(make: Make) -> None:
     owner = make()
-    asyncio.run(owner.engine.start())  # whose end cancels the supervisor
+
+    async def whole() -> None:
+        await owner.engine.start()
+        mirror = await owner.add([1], SamplingParams(ignore_eos=True), "open", 0, None)
+        task = owner.engine._task
+        assert task is not None
+        task.cancel()  # as the end of the loop does
+        await until(lambda: owner.engine.child is None)
+        owner.drop(mirror)
+
+    asyncio.run(whole())
     with pytest.raises(EngineDeadError):
         owner.engine.check_ready()
+
+
+def test_a_process_is_known_by_its_number_before_its_figures(make: Make) -> None:
+    """And what a dead one had said is not of the next one."""
+
+    async def whole() -> None:
+        engine = make().engine
+        heard: list[object] = []
+        engine._on_news = heard.append
+        engine._state, engine._hears = supervisor.State.RESTARTING, True
+        engine._serving = asyncio.get_running_loop().create_future()
+        engine._began = asyncio.get_running_loop().create_future()
+        engine._take(Ready(FACTS))
+        assert engine.restarts == 1
+        engine._take(Steps([]))
+        engine._up()
+        engine._died("it died")
+        engine._take(Steps([]))
+        assert len(heard) == 1
+        engine._deaths = 5000
+        assert engine._delay_s() == supervisor._MAX_DELAY_S
+
+    asyncio.run(whole())
 
 
 @pytest.fixture

@@ -69,7 +69,9 @@ def test_it_serves_drains_and_ends(serving: subprocess.Popen[str]) -> None:
         (["--chat-template", "/nothing"], "--chat-template"),
         (["--api-key", "sécret"], "--api-key has a key that no header can carry"),
         (["--admin-api-key", "a\tb"], "--admin-api-key"),
-        (["--api-key", " a"], "--api-key"),
+        (["--api-key", "two words"], "--api-key"),
+        (["--ssl-keyfile", "x", "--ssl-certfile", "y"], "--ssl-certfile y is no"),
+        (["--ssl-keyfile", __file__, "--ssl-certfile", __file__], "PEM"),
         (["--engine-timeout", "0"], "--engine-timeout 0"),
         (["--start-timeout", "inf"], "--start-timeout inf"),
         (["--nothing"], "--nothing"),
@@ -102,6 +104,12 @@ def test_variables_that_look_mistyped(
     assert_refused(cli("serve", "--port", "70000"), f"VATTN_{name} in", f"use VATTN_{meant},")
 
 
+@pytest.mark.parametrize("name", ["VATTN_API_KEY", "VATTN_ADMIN_API_KEY"])
+def test_an_empty_key_does_not_open(cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "")
+    assert_refused(cli("serve", "--port", "70000"), f"{name} in the environment is empty")
+
+
 def test_other_variables_are_no_errors(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SERVICE_HOST", "PORT_8000_TCP", "BUDGET", "SOMETHING_ELSE"):
         monkeypatch.setenv(f"VATTN_{name}", "3")
@@ -128,7 +136,11 @@ def test_bad_files(cli: Cli, tmp_path: Path, text: str) -> None:
     assert_refused(cli("serve", "--config", config), str(config))
 
 
-def test_a_taken_port_fails_before_loading(cli: Cli) -> None:
+def test_a_taken_port_fails_before_loading(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    monkeypatch.setattr("vattn.server.run._serve", lambda *given: made.append(given))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = cli("serve", "--port", taken.getsockname()[1], "--log-level", "error")
-    assert result.exit_code != 0
+    assert result.exit_code == 1
+    assert "give another port or host" in result.stderr
+    assert made == []

@@ -67,6 +67,7 @@ def test_time_runs_while_others_compile() -> None:
                     assert news.end is not None
                     told_of = news.handle, news.index, news.end.finish_reason
                     assert told_of == (2, index, "deadline")
+                    assert begun_s <= news.end.timings.arrival_s <= news.end.timings.finished_s
                 engine.goes_on.set()
                 added = [told.news.get(timeout=_PATIENCE_S)[0] for _ in range(2)]
     assert added == [1, 3]

@@ -126,10 +126,12 @@ def test_text_needs_a_tokenizer() -> None:
 # Outputs ------------------------------------------------------------------------------------------
 
 
-def test_chat(llm: vattn.LLM) -> None:
+def test_chat(llm: vattn.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     messages = [{"role": "user", "content": "What is a page?"}]
-    with pytest.raises(ValueError, match="chat template"):
-        llm.chat(messages)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.tokenizer, "chat_template", None)
+        with pytest.raises(ValueError, match="chat template"):
+            llm.chat(messages)
     chatted = llm.chat(messages, greedy(6), use_tqdm=False, chat_template=PLAIN_CHAT)
     text = "user: What is a page?\nassistant:"
     ids = llm.get_tokenizer().encode(text, add_special_tokens=False)

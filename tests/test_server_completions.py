@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -182,6 +183,23 @@ def test_echo(server: Any, stream: bool) -> None:
     assert all(logprob < 0 for logprob in first.token_logprobs[1:])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_of_what_was_not_scored(
+    server: Any, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """Its time was over before it began."""
+    settings = replace(server.settings, request_timeout_s=1e-6)
+    monkeypatch.setattr(server.state, "settings", settings)
+    body = {"prompt": [5, 6, 7], "echo": True, "logprobs": 1, "stream": stream}
+    with server.http_client() as client:
+        response = client.post("/v1/completions", json=body)
+    assert response.status_code == 200
+    text = response.text.partition("data: ")[2].partition("\n")[0] if stream else response.text
+    (choice,) = json.loads(text)["choices"]
+    assert choice["stop_reason"] == "deadline"
+    assert choice["logprobs"]["token_logprobs"] == [None] * 3
+
+
 def test_echo_alone_scores_a_prompt(server: Any) -> None:
     found = ask(server, echo=True, logprobs=0, max_tokens=0)
     ids = server.llm.tokenizer.encode(PROMPT)
@@ -216,6 +234,10 @@ def test_truncates(server: Any) -> None:
     assert found.usage.prompt_tokens == 4
     long = ask(server, prompt=PROMPT * 100, extra_body={"truncate_prompt_tokens": -1})
     assert long.usage.total_tokens == 512
+    with server.http_client() as client:
+        body = {"prompt": PROMPT * 100, "truncate_prompt_tokens": -1}
+        found = client.post("/v1/completions", json=body).json()
+    assert found["usage"]["prompt_tokens"] == 512 - 16
 
 
 def test_tokenizes(server: Any) -> None:

@@ -29,6 +29,7 @@ from vattn.server.settings import ServerSettings
 ENGINE: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 512, "page_bytes": 4096}
 LONG = {"prompt": "A transaction is", "max_tokens": 480, "temperature": 0, "ignore_eos": True}
 SHORT = {**LONG, "max_tokens": 8}
+TOLD_S = 5.0 if "CI" in os.environ else 1.0  # machines of CI do much at once
 
 
 def children() -> set[str]:
@@ -111,6 +112,7 @@ def test_everybody_is_told_when_the_engine_is_killed(server: RunningServer, text
     sockets = directories()
     assert pid is not None
     restarts = server.llm.restarts
+    assert "/dev/shm/" not in Path(f"/proc/{pid}/maps").read_text()  # and so leaves nothing there
 
     async def crowd() -> tuple[list[Reply], list[Reply], Reply, httpx.Response]:
         streams = [Reply() for _ in range(20)]
@@ -124,13 +126,18 @@ def test_everybody_is_told_when_the_engine_is_killed(server: RunningServer, text
         await asyncio.wait(begun, return_when=asyncio.FIRST_COMPLETED)
         while server.state.admission.samples < 24:
             await asyncio.sleep(0)
+        killed = time.monotonic()
         os.kill(pid, signal.SIGKILL)
         await asyncio.gather(*tasks)
         wholes = await asyncio.gather(*others)
+        told_s = time.monotonic() - killed
         assert server.llm.restarts == restarts  # all were told before there was another engine
         late = await post(server.port, SHORT)
         async with httpx.AsyncClient() as client:
             health = await client.get(f"{server.url}/health")
+        red_s = time.monotonic() - killed
+        print(f"after the kill: all were told in {told_s:.3f} s, /health was red in {red_s:.3f} s")
+        assert red_s < TOLD_S
         assert server.llm.restarts == restarts
         for each in begun:
             each.cancel()

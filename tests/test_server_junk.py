@@ -11,7 +11,8 @@ import httpx
 import openai
 import pytest
 
-from tests.running_server import PATIENCE_S, RunningServer, running_server
+from tests.running_server import PATIENCE_S, RunningServer, paused, running_server
+from tests.test_server_operation import posted
 
 SHORT = {"prompt": "A transaction is", "max_tokens": 2}
 LONG = {**SHORT, "max_tokens": 400, "ignore_eos": True}
@@ -198,16 +199,11 @@ def test_a_wrong_key_is_an_authentication_error(server: RunningServer) -> None:
 
 
 def test_a_full_server_is_a_rate_limit(server: RunningServer) -> None:
-    with server.client() as client:
-        create: Any = client.completions.create
-        long = {"model": "embedded", **SHORT, "max_tokens": 450, "stream": True}
-        long["extra_body"] = {"ignore_eos": True}
-        with (
-            create(**long) as first,
-            create(**long) as second,
-        ):
-            next(iter(first))
-            next(iter(second))
+    create: Any
+    with server.client() as client, paused(server.llm):
+        create = client.completions.create
+        with posted(server, LONG), posted(server, LONG):
+            server.wait_running(2)
             with pytest.raises(openai.RateLimitError) as caught:
                 create(model="embedded", **SHORT)
     assert int(caught.value.response.headers["retry-after"]) >= 1

@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from vattn.server.admission import Admission
 from vattn.server.errors import ApiError
 from vattn.server.observe import Observe
 from vattn.server.openai import run
+from vattn.server.openai.sampling import check_logprobs
 from vattn.server.settings import ServerSettings
 
 pytest_plugins = ("tests.server_fixtures",)
@@ -81,6 +82,14 @@ def test_as_many_tools_as_openai_takes(client: httpx.Client) -> None:
     twice = {**body, "tools": tools(127) + tools(1)}
     error = error_of(client.post("/v1/chat/completions", json=twice), 400)
     assert error["param"] == "tools[127].function.name"
+
+
+def test_all_log_probabilities_may_be_asked_for() -> None:
+    state: Any = SimpleNamespace(settings=ServerSettings(max_logprobs=-1))
+    for count in (None, 0, 500):
+        check_logprobs(state, "logprobs", count)
+    with pytest.raises(ApiError, match=r"logprobs=-1 must be at least 0$"):
+        check_logprobs(state, "logprobs", -1)
 
 
 def test_samples_are_counted(client: httpx.Client, server: RunningServer) -> None:
@@ -236,8 +245,9 @@ def test_a_smaller_budget_is_told_at_once_and_passes() -> None:
         before = client.get("/admin/memory").json()["pool"]["budget_bytes"]
         page = client.get("/admin/memory").json()["pool"]["page_bytes"]
         body = {**LONG, "prompt": "A transaction is " * 20}
-        with posted(server, body, b"Connection: close\r\n") as request:
+        with ExitStack() as stack:
             with paused(server.llm):
+                request = stack.enter_context(posted(server, body, b"Connection: close\r\n"))
                 server.wait_running(1)
                 server.loop.call_soon_threadsafe(
                     lambda: asyncio.ensure_future(server.llm.set_budget(page))

@@ -18,7 +18,7 @@ from tests.server_figures import FakeLLM, stats
 from vattn.async_llm import AsyncLLM, LiveRequest
 from vattn.engine_process.errors import EngineDeadError
 from vattn.request import Status
-from vattn.server.live import MAX_VIEWERS, LiveFeed
+from vattn.server.live import MAX_VIEWERS, LiveFeed, _Events
 from vattn.server.live_snapshot import Rates, cells, make
 from vattn.server.metrics import ServerMetrics
 from vattn.server.settings import ServerSettings
@@ -314,6 +314,28 @@ def test_limits_of_the_stream(server: RunningServer, monkeypatch: pytest.MonkeyP
         response = http.get("/live")
         assert response.status_code == 503
         assert response.headers["retry-after"]
+
+
+def test_a_viewer_that_is_cut_gives_its_place_back() -> None:
+    closed: list[bool] = []
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        try:
+            yield b"data: 1\n\n"
+        finally:
+            closed.append(True)
+
+    async def send(message: Any) -> None:
+        if "body" in message:
+            raise OSError("cut")
+
+    async def run() -> None:
+        made = events()
+        with pytest.raises(OSError, match="cut"):
+            await _Events(made).stream_response(send)
+        assert closed
+
+    asyncio.run(run())
 
 
 def test_feed_needs_a_key() -> None:

@@ -20,7 +20,7 @@ def tag_text(given: Any) -> str:
         tag = json.loads(given) if isinstance(given, str) else given
         text = given if isinstance(given, str) else json.dumps(given)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"structural_tag={given!r} is no JSON: {error}") from error
+        raise ValueError(f"structural_tag={repr(given)[:400]} is no JSON: {error}") from error
     if not isinstance(tag, Mapping) or tag.keys() != {"type", "triggers", "structures"}:
         raise ValueError(
             'structural_tag must be an object with "type": "structural_tag", "triggers" and '

@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import math
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from difflib import get_close_matches
@@ -90,6 +91,9 @@ def _unknown_variables() -> list[str]:
     """
     known = [variable(field.name) for field in fields(Flags)]
     names = [each.removeprefix(PREFIX) for each in known]
+    for name in known:
+        if name.endswith("KEY") and not os.environ.get(name, name).strip():
+            raise BadInput(f"{name} in the environment is empty and guards nothing; unset it")
     unknown = unknown_variables(PREFIX, known)
     for name in unknown:
         near = get_close_matches(name.removeprefix(PREFIX), names, n=1, cutoff=_NEAR)
@@ -170,6 +174,7 @@ def read_template(given: str) -> str:
 def _run(model: str | None, settings: ServerSettings, options: dict[str, Any]) -> int:
     from vattn.async_llm import AsyncLLM
     from vattn.engine_process.errors import EngineDeadError
+    from vattn.server.http import AddressError
     from vattn.server.run import serve as run
 
     def make() -> AsyncLLM:
@@ -181,7 +186,7 @@ def _run(model: str | None, settings: ServerSettings, options: dict[str, Any]) -
     logger.info("loading %s", name)
     try:
         return run(make, settings, _teller(name, settings))
-    except OSError as error:
+    except AddressError as error:
         where = f"--host {settings.host} --port {settings.port}"
         raise CliError(f"{where}: {one_line(error)}; give another port or host") from error
     except ValueError as error:

@@ -288,7 +288,7 @@ class Flags:
         _flag("--tool-call-parser", _CHAT, "How it writes calls: hermes or llama3_json.", "NAME"),
     ] = None
     max_logprobs: Annotated[
-        _Int, _whole("--max-logprobs", _CHAT, "Most that a request may ask for; default 20.")
+        _Int, _whole("--max-logprobs", _CHAT, "Most to ask for; -1: all; default 20.")
     ] = None
     max_queued_requests: Annotated[
         _Int,

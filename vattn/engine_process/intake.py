@@ -52,7 +52,8 @@ class CommandReader:
         self._engine = engine
         self._loop = loop
         self._lock = threading.Lock()
-        self._compiling: dict[int, tuple[Add, int]] = {}  # handles; commands and their samples
+        # By handle; commands, their samples, when they came.
+        self._compiling: dict[int, tuple[Add, int, float]] = {}
         self._to_compile: queue.SimpleQueue[tuple[Add, SamplingParams] | None] = queue.SimpleQueue()
         self._closing = False
         self._reader = threading.Thread(target=self._read, name="vattn-commands", daemon=True)
@@ -108,7 +109,7 @@ class CommandReader:
             self._make(command, params)
             return
         with self._lock:
-            self._compiling[command.handle] = command, params.n
+            self._compiling[command.handle] = command, params.n, time.monotonic()
         self._to_compile.put((command, params))
 
     def _compile(self) -> None:
@@ -161,7 +162,7 @@ class CommandReader:
             now_s = time.monotonic()
             late = [
                 handle
-                for handle, (add, _) in self._compiling.items()
+                for handle, (add, *_) in self._compiling.items()
                 if add.deadline_s is not None and add.deadline_s <= now_s
             ]
         for handle in late:
@@ -169,7 +170,8 @@ class CommandReader:
 
     def _end(self, handle: int, reason: FinishReason) -> None:
         with self._lock:
-            _, samples = self._compiling.pop(handle, (None, 0))
+            _, samples, arrival_s = self._compiling.pop(handle, (None, 0, 0.0))
+        timings = Timings(arrival_s, finished_s=time.monotonic())
         for index in range(samples):
-            end = End(reason.value, None, None, Timings(), None)
+            end = End(reason.value, None, None, timings, None)
             self._loop.tell(Progress(handle, index, [], end=end))

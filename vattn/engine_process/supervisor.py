@@ -70,6 +70,7 @@ class Supervisor:
         self._dead = asyncio.Event()  # for good
         self._ending = asyncio.Lock()  # one process has gone before another one comes
         self._waiting = 0  # for start()
+        self._hears = False  # the present child, which has not died
         self._failed = self._deaths = 0  # starts, and lives that were short, one after another
         self.child: Child | None = None
         self.facts: Facts | None = None
@@ -152,8 +153,7 @@ class Supervisor:
                 await asyncio.sleep(self._delay_s())
                 await self._life()
         except asyncio.CancelledError:
-            if self._state is not State.DOWN:  # by the end of the loop, and not by close()
-                self._finish(EngineDeadError("the engine was closed", restarting=False))
+            self._loop_ends()
             raise
         except Exception as problem:  # a bug, which must not leave anybody waiting
             _log.exception("the engine process is not watched any more")
@@ -164,6 +164,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         self._began = loop.create_future()
         try:
+            self._hears = True
             child = self.child = Child(self._take)
         except OSError as error:
             self._died(f"the engine process cannot be started: {error}")
@@ -183,6 +184,9 @@ class Supervisor:
             if loop.time() - ready_s >= _SETTLED_S:
                 self._deaths = 0
             self._died(f"the engine process {child.process.pid} {how}")
+        except asyncio.CancelledError:
+            self._loop_ends()  # before there is no child
+            raise
         finally:
             self.child = None
             await child.stop(grace_s)
@@ -234,9 +238,13 @@ class Supervisor:
                 return f"said nothing for {silent_s:.1f} s (engine_timeout_s={limit_s:g})"
 
     def _take(self, news: News) -> None:
+        if not self._hears:  # what a dead one had said; it would pass for the next one's
+            return
         if isinstance(news, Ready | StartFailed):
             if not self._began.done():
                 self._began.set_result(news)
+                # Before its first figures, which are known by this number.
+                self.restarts += isinstance(news, Ready) and self._state is State.RESTARTING
         else:
             self._on_news(news)
 
@@ -244,12 +252,12 @@ class Supervisor:
 
     def _up(self) -> None:
         self._failed = 0
-        self.restarts += self._state is State.RESTARTING
         self._state = State.UP
         self._serving.set_result(None)
 
     def _died(self, failure: str | StartFailed) -> None:
         """Decides whether another one is started, and tells everybody."""
+        self._hears = False
         text = failure.error if isinstance(failure, StartFailed) else failure
         self._deaths += 1
         self._failed += self._state is not State.UP
@@ -273,6 +281,7 @@ class Supervisor:
 
     def _finish(self, error: EngineDeadError, told: Exception | None = None) -> None:
         """It is dead for good, which whoever waits for its start is told in their words."""
+        self._hears = False
         starts = self._state in (State.STARTING, State.RESTARTING)
         self._state = State.DOWN
         self.last_error = error
@@ -282,6 +291,11 @@ class Supervisor:
             self._serving.exception()  # it need not be awaited by anybody
         self._on_death(error)
 
+    def _loop_ends(self) -> None:
+        """It may be cancelled by the end of the loop, and not by :meth:`close`."""
+        if self._state is not State.DOWN:
+            self._finish(EngineDeadError("the engine was closed", restarting=False))
+
     def _delay_s(self) -> float:
         """0 before the first restart, then longer and longer."""
-        return min(_MAX_DELAY_S, 2.0 ** (self._deaths - 2)) if self._deaths > 1 else 0.0
+        return min(_MAX_DELAY_S, 2.0 ** min(self._deaths - 2, 9)) if self._deaths > 1 else 0.0

@@ -14,7 +14,7 @@ from vattn.engine_process.errors import EngineDeadError, RequestRefused
 from vattn.server import admin, health, live, metrics, openapi
 from vattn.server.admission import Admission
 from vattn.server.auth import Auth
-from vattn.server.errors import ApiError
+from vattn.server.errors import ApiError, engine_dead
 from vattn.server.limits import Limits
 from vattn.server.metrics import ServerMetrics
 from vattn.server.observe import Observe
@@ -27,7 +27,6 @@ from vattn.server.state import ServerState
 from vattn.version import __version__
 
 _ROUTERS = (health, models, completions, chat, tokenize, admin, metrics, live, page)
-_RETRY_DEAD_S = 5.0
 
 
 def build_app(llm: AsyncLLM, settings: ServerSettings) -> FastAPI:
@@ -96,10 +95,7 @@ def _tell_errors(app: FastAPI) -> None:
 
     @app.exception_handler(EngineDeadError)
     async def dead(request: Request, error: EngineDeadError) -> Response:
-        retry_after_s = _RETRY_DEAD_S if error.restarting else None
-        return error_response(
-            ApiError(503, str(error), type="server_error", retry_after_s=retry_after_s)
-        )
+        return error_response(engine_dead(error))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from vattn.engine_process.errors import EngineDeadError
+
+_RETRY_DEAD_S = 5.0
+
 
 class ApiError(Exception):
     """What went wrong with a request, for its client.
@@ -46,3 +50,9 @@ class ApiError(Exception):
                 "code": self.code,
             }
         }
+
+
+def engine_dead(error: EngineDeadError) -> ApiError:
+    """503; its client may come again if another engine is being started."""
+    retry_after_s = _RETRY_DEAD_S if error.restarting else None
+    return ApiError(503, str(error), type="server_error", retry_after_s=retry_after_s)

@@ -18,22 +18,27 @@ _KEEP_ALIVE_S = 75  # longer than the 60 s of common proxies, which would meet c
 _LAST_WORDS_S = 2.0  # for responses that are still being sent when the server ends
 
 
+class AddressError(OSError):
+    """The address is taken, or not of this machine."""
+
+
 def bind(host: str, port: int) -> socket.socket:
     """A socket that has its address, but takes no connections yet.
 
     Raises:
-        OSError: the address is taken, or not of this machine.
+        AddressError: the address cannot be had.
     """
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    sock = socket.socket(family, kind, protocol)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-    except OSError:
-        sock.close()
-        raise
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with contextlib.ExitStack() as stack:
+            sock = stack.enter_context(socket.socket(family, kind, protocol))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+            stack.pop_all()
+    except OSError as error:
+        raise AddressError(*error.args) from error
     return sock
 
 
@@ -77,7 +82,12 @@ class HttpServer(uvicorn.Server):
     async def run_until_stopped(self, sock: socket.socket) -> None:
         """Listens on a bound socket, and closes it in the end."""
         with contextlib.closing(sock):
-            await self.serve(sockets=[sock])
+            try:
+                await self.serve(sockets=[sock])
+            except OSError as error:
+                if self.started:
+                    raise
+                raise AddressError(*error.args) from error  # another program took it meanwhile
 
     def stop(self) -> None:
         """Takes no more connections; what is being sent may end."""

@@ -68,9 +68,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import cast
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.types import Send
 
 from vattn.engine_process.errors import EngineDeadError
 from vattn.engine_process.messages import PageRows
@@ -104,7 +107,7 @@ async def live(request: Request, interval: float = INTERVAL_S) -> Response:
             type="server_error",
             retry_after_s=5,
         )
-    return StreamingResponse(
+    return _Events(
         feed.watch(interval),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
@@ -125,6 +128,15 @@ def feed_of(request: Request) -> LiveFeed:
         app.state.live_feed = LiveFeed(state_of(request))
     feed: LiveFeed = app.state.live_feed
     return feed
+
+
+class _Events(StreamingResponse):
+    """Closes its events as soon as the viewer is gone, which gives its place to another."""
+
+    async def stream_response(self, send: Send) -> None:
+        """See starlette."""
+        async with aclosing(cast(AsyncGenerator[bytes, None], self.body_iterator)):
+            await super().stream_response(send)
 
 
 class LiveFeed:

@@ -67,7 +67,7 @@ def serve(
         The exit code: 0, or 1 if the engine is dead for good.
 
     Raises:
-        OSError: the address cannot be had; before any model is loaded.
+        AddressError: the address cannot be had; before any model is loaded.
         ValueError: the model or the settings are at fault.
         EngineDeadError: the engine does not start.
     """
@@ -96,7 +96,7 @@ async def _serve(
             listening = asyncio.create_task(http.is_listening.wait())
             await _first_of(serving, listening)
             if serving.done():
-                await serving  # another program took the address meanwhile
+                await serving
                 return 1
             if told is not None:
                 told(url_of(sock, settings), llm)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import ssl
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from vattn.logs import FORMATS, LEVELS
 
@@ -40,7 +42,7 @@ class ServerSettings:
         allowed_origins: for CORS; none, the default, means that CORS is off.
         log_format: ``"text"`` or ``"json"``.
         log_level: ``"debug"`` to ``"error"``.
-        max_logprobs: most that ``logprobs`` and ``top_logprobs`` may ask for.
+        max_logprobs: most that ``logprobs`` and ``top_logprobs`` may ask for; -1 for all.
         ssl_keyfile: with ``ssl_certfile``: serve HTTPS.
         ssl_certfile: see there.
         page: serve the live page at ``/``.
@@ -77,10 +79,10 @@ class ServerSettings:
         if not self.served_model_names or not all(self.served_model_names):
             raise ValueError(f"served_model_names={self.served_model_names!r} must have names")
         for kind in ("api_keys", "admin_keys"):
-            if not all(re.fullmatch(r"[!-~]([ -~]*[!-~])?", key) for key in getattr(self, kind)):
+            if not all(re.fullmatch(r"[!-~]+", key) for key in getattr(self, kind)):
                 raise ValueError(
-                    f"{kind} has a key that no header can carry; a key is of printable ASCII, at "
-                    "least one character, and neither begins nor ends with a space"
+                    f"{kind} has a key that no header can carry, or one with a space; a key is of "
+                    "printable ASCII, at least one character"
                 )
         self._check_limits()
         self._check_choices()
@@ -107,9 +109,25 @@ class ServerSettings:
             raise ValueError(f"enable_auto_tool_choice needs a tool_call_parser: {parsers}")
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ValueError("give both ssl_keyfile and ssl_certfile, or neither")
+        self._check_certificate()
         for origin in self.allowed_origins:
             if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
                 raise ValueError(
                     f"allowed_origins={origin!r} must be * or as a browser sends it, such as "
                     "https://example.org"
                 )
+
+    def _check_certificate(self) -> None:
+        """Now, and not when the model has been loaded."""
+        if self.ssl_certfile is None:
+            return
+        name = "ssl_certfile"
+        try:
+            Path(self.ssl_certfile).read_bytes()
+            name = "ssl_keyfile"
+            Path(str(self.ssl_keyfile)).read_bytes()
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile)
+        except OSError as error:
+            text = f"{name}={getattr(self, name)} is no PEM file for HTTPS: {error}"
+            raise ValueError(text) from error

@@ -30,7 +30,13 @@ from vattn.server.openai.connected import ClientGone, while_connected
 from vattn.server.openai.logprobs import ChatLogprobs, prompt_logprobs_body
 from vattn.server.openai.off import COMMON_OFF, Off
 from vattn.server.openai.run import Job, run
-from vattn.server.openai.sampling import check_length, make_params, room_for, truncated
+from vattn.server.openai.sampling import (
+    check_length,
+    check_logprobs,
+    make_params,
+    room_for,
+    truncated,
+)
 from vattn.server.openai.sse import HOLE, EventStream, TextChunks, encode_json, event, only_text
 from vattn.server.openai.token_bytes import TokenBytes
 from vattn.server.openai.tool_choice import (
@@ -195,13 +201,7 @@ async def _understood(state: ServerState, request: Request, body: ChatCompletion
             param="structured_outputs",
         )
     check_format(plan, body.response_format.type if body.response_format else "text")
-    most = state.settings.max_logprobs
-    if (body.top_logprobs or 0) > most:
-        raise ApiError(
-            400,
-            f"top_logprobs={body.top_logprobs} must be at least 0 and at most {most}",
-            param="top_logprobs",
-        )
+    check_logprobs(state, "top_logprobs", body.top_logprobs)
     state.admission.expect(body.samples)
     if body.truncate_prompt_tokens is None:
         chars = sum(len(text_of(message.content)) for message in body.messages)

@@ -139,7 +139,8 @@ async def _understood(state: ServerState, request: Request, body: CompletionBody
     state.admission.expect(_count(body.prompt) * body.samples)
     asked = body.max_tokens
     prompts = await _token_ids(state, body)
-    prompts = [truncated(state, ids, body.truncate_prompt_tokens, asked) for ids in prompts]
+    room = DEFAULT_MAX_TOKENS if asked is None else asked
+    prompts = [truncated(state, ids, body.truncate_prompt_tokens, room) for ids in prompts]
     if asked is None:
         room = min(room_for(state, len(ids), None, param="prompt") for ids in prompts)
         most = min(room, DEFAULT_MAX_TOKENS)
@@ -281,8 +282,10 @@ class _Choices:
         scores: list[Entry | None] = list(entries or ())
         if body.echo and is_first:
             text = self._task.echoed(number) + text
+            known = self._prompt_logprobs.get(number, [])
+            unknown = len(output.prompt_token_ids) - len(known)  # it ended before they were scored
             told = [*output.prompt_token_ids, *told]
-            scores = [*self._prompt_logprobs.get(number, ()), *scores]
+            scores = [*known, *[None] * unknown, *scores]
         choice = _part(index, text)
         if body.logprobs is not None:
             choice["logprobs"] = self._logprobs[index].add(told, scores, body.logprobs)
@@ -290,7 +293,7 @@ class _Choices:
         self.reasons.append(choice["finish_reason"])
         choice["stop_reason"] = stop_reason(sample.finish_reason, sample.stop_reason)
         if body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs_body(self._prompt_logprobs[number])
+            choice["prompt_logprobs"] = prompt_logprobs_body(self._prompt_logprobs.get(number))
         if body.return_token_ids:
             choice["token_ids"] = token_ids
             choice["prompt_token_ids"] = output.prompt_token_ids if is_first else None

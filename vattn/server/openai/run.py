@@ -14,7 +14,7 @@ from vattn.engine_process.errors import EngineDeadError, RequestRefused
 from vattn.outputs import RequestOutput
 from vattn.request import OUT_OF_PAGES, FinishReason
 from vattn.sampling_params import SamplingParams, StructuredOutputsParams
-from vattn.server.errors import ApiError
+from vattn.server.errors import ApiError, engine_dead
 from vattn.server.openai.common import SamplingFields
 from vattn.server.openai.sampling import FORMAT_PARAMS, refusal
 from vattn.server.state import ServerState
@@ -150,15 +150,17 @@ async def _outputs(state: ServerState, job: Job, index: int) -> AsyncGenerator[R
         ) as outputs:
             async for output in outputs:
                 record.output(output)
-                if output.finished or len(output.outputs) > 1:
-                    _check(output)
+                _check(output)
                 yield output
     except RequestRefused as error:
         record.drop()
         raise await _refusal(error, job) from error
     except EngineDeadError as error:
         record.end("error")
-        raise ApiError(503, str(error), type="server_error", retry_after_s=1) from error
+        raise engine_dead(error) from error
+    except Exception:
+        record.end("error")  # one that is cancelled ends as aborted
+        raise
     finally:
         record.end()
 

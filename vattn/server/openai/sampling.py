@@ -65,9 +65,7 @@ def make_params(
         ApiError: 400, with the field that is at fault.
     """
     for name, count in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
-        most = state.settings.max_logprobs
-        if count is not None and not 0 <= count <= most:
-            raise ApiError(400, f"{name}={count} must be at least 0 and at most {most}", param=name)
+        check_logprobs(state, name, count)
     vocab_size = state.llm.facts.vocab_size
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
         tokens = getattr(body, name) or ()
@@ -95,6 +93,14 @@ def make_params(
         )
     except ValueError as error:
         raise refusal(error, body) from error
+
+
+def check_logprobs(state: ServerState, name: str, count: int | None) -> None:
+    """Refuses a field that asks for more log probabilities than ``max_logprobs``; -1 is all."""
+    most = state.settings.max_logprobs
+    if count is not None and (count < 0 or 0 <= most < count):
+        limit = f" and at most {most}" if most >= 0 else ""
+        raise ApiError(400, f"{name}={count} must be at least 0{limit}", param=name)
 
 
 def structured_of(body: SamplingFields) -> StructuredOutputsParams | None:

@@ -14,7 +14,6 @@ TOOL_PARSERS: Mapping[str, Callable[[], ToolParser]] = MappingProxyType(
     {
         "hermes": hermes_parser,
         "llama3_json": llama_parser,
-        "llama4_json": llama_parser,
     }
 )
 
