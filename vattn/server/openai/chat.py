@@ -12,7 +12,6 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field, model_validator
 
 from vattn.server.errors import ApiError
-from vattn.server.observe import CLIENT_LEFT
 from vattn.server.openai.chat_choices import ChatChoice
 from vattn.server.openai.chat_documents import RESPONSES
 from vattn.server.openai.chat_messages import MOST_MESSAGES, MessageField, text_of
@@ -22,13 +21,12 @@ from vattn.server.openai.common import (
     SamplingFields,
     check_model,
     note_end,
-    note_user,
     refused,
     request_id_of,
 )
-from vattn.server.openai.connected import ClientGone, while_connected
 from vattn.server.openai.logprobs import ChatLogprobs, prompt_logprobs_body
 from vattn.server.openai.off import COMMON_OFF, Off
+from vattn.server.openai.respond import respond
 from vattn.server.openai.run import Job, run
 from vattn.server.openai.sampling import (
     check_length,
@@ -37,7 +35,7 @@ from vattn.server.openai.sampling import (
     room_for,
     truncated,
 )
-from vattn.server.openai.sse import HOLE, EventStream, TextChunks, encode_json, event, only_text
+from vattn.server.openai.sse import HOLE, TextChunks, encode_json, event, only_text
 from vattn.server.openai.token_bytes import TokenBytes
 from vattn.server.openai.tool_choice import (
     ToolChoice,
@@ -47,7 +45,7 @@ from vattn.server.openai.tool_choice import (
     plan_tools,
 )
 from vattn.server.openai.usage import Usage
-from vattn.server.state import ServerState, state_of
+from vattn.server.state import ServerState
 from vattn.version import __version__
 
 router = APIRouter()
@@ -172,16 +170,7 @@ class _Task:
 @router.post("/v1/chat/completions", response_model=None, responses=RESPONSES)
 async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
     """Answers a chat."""
-    state = state_of(request)
-    note_user(request, body)
-    try:
-        task = await while_connected(request.receive, _understood(state, request, body))
-        if body.stream:
-            return EventStream(_events(state, task))
-        whole = await while_connected(request.receive, _whole(state, task))
-    except ClientGone:
-        return Response(status_code=CLIENT_LEFT)
-    return Response(whole, media_type="application/json")
+    return await respond(request, body, understood=_understood, events=_events, whole=_whole)
 
 
 async def _understood(state: ServerState, request: Request, body: ChatCompletionRequest) -> _Task:

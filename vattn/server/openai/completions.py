@@ -13,20 +13,18 @@ from pydantic import Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from vattn.outputs import CompletionOutput, RequestOutput
-from vattn.server.observe import CLIENT_LEFT
 from vattn.server.openai.common import (
     INT64,
     SamplingFields,
     check_model,
     note_end,
-    note_user,
     refused,
     request_id_of,
 )
-from vattn.server.openai.connected import ClientGone, while_connected
 from vattn.server.openai.documents import RESPONSES
 from vattn.server.openai.logprobs import CompletionLogprobs, Entry, prompt_logprobs_body
 from vattn.server.openai.off import COMMON_OFF, Off
+from vattn.server.openai.respond import respond
 from vattn.server.openai.run import Job, finish_reason, run, stop_reason
 from vattn.server.openai.sampling import (
     check_length,
@@ -35,9 +33,9 @@ from vattn.server.openai.sampling import (
     room_for,
     truncated,
 )
-from vattn.server.openai.sse import HOLE, EventStream, TextChunks, encode_json, event, only_text
+from vattn.server.openai.sse import HOLE, TextChunks, encode_json, event, only_text
 from vattn.server.openai.usage import Usage
-from vattn.server.state import ServerState, state_of
+from vattn.server.state import ServerState
 
 router = APIRouter()
 
@@ -116,16 +114,7 @@ class _Task:
 @router.post("/v1/completions", response_model=None, responses=RESPONSES)
 async def completions(body: CompletionBody, request: Request) -> Response:
     """Continues one prompt or several."""
-    state = state_of(request)
-    note_user(request, body)
-    try:
-        task = await while_connected(request.receive, _understood(state, request, body))
-        if body.stream:
-            return EventStream(_events(state, task))
-        whole = await while_connected(request.receive, _whole(state, task))
-    except ClientGone:
-        return Response(status_code=CLIENT_LEFT)
-    return Response(whole, media_type="application/json")
+    return await respond(request, body, understood=_understood, events=_events, whole=_whole)
 
 
 async def _understood(state: ServerState, request: Request, body: CompletionBody) -> _Task:
