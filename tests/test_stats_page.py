@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import random
 import subprocess
@@ -24,6 +25,12 @@ from vattn.allocator.figures_page import (
     process,
     processes,
 )
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers() -> None:
+    """The page has room for so many pools; those of earlier tests may wait to be collected."""
+    gc.collect()
 
 
 def mine() -> ProcessFigures:
